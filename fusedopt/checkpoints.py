@@ -1,0 +1,68 @@
+"""Checkpoints: states keep what they hold on the way in, and carry no more than themselves on the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Shielded:
+    """A tensor that torch's ``load_state_dict`` passes on as it is.
+
+    It would cast each to the parameter's dtype, by the base class's name for its policy, which no subclass can override.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shielded:
+        return self
+
+
+def shield(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state_dict`` with the tensors of its states shielded."""
+    return {**state_dict, "state": {key: _shield(value) for key, value in state_dict["state"].items()}}
+
+
+def _shield(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Shielded(value)
+    return {name: _shield(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def unshield(state: dict[Any, Any]) -> None:
+    """Put copies in the place of shielded tensors: on the parameter's device, in its layout, of the dtype they had."""
+    for parameter, values in state.items():
+        if isinstance(values, dict):
+            state[parameter] = {name: _unshield(parameter, name, part) for name, part in values.items()}
+        elif isinstance(values, _Shielded):
+            state[parameter] = values.tensor
+
+
+def _unshield(parameter: Any, name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unshield(parameter, key, part) for key, part in value.items()}
+    if not isinstance(value, _Shielded):
+        return value
+    tensor = value.tensor.detach()
+    if name == "step" or not isinstance(parameter, Tensor):
+        return tensor.clone()
+    with torch.no_grad():
+        if tensor.shape == parameter.shape and tensor.layout == torch.strided:
+            return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+        return tensor.to(parameter.device, copy=True)
+
+
+def without_shared_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state_dict`` with step counts that are views of a longer vector replaced by copies of their own."""
+    state = state_dict.get("state")
+    if not isinstance(state, dict):
+        return state_dict
+    return {**state_dict, "state": {key: _without_shared_step(value) for key, value in state.items()}}
+
+
+def _without_shared_step(value: Any) -> Any:
+    step = value.get("step") if isinstance(value, dict) else None
+    return {**value, "step": step.clone()} if isinstance(step, Tensor) and step._is_view() else value

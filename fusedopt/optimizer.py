@@ -1,0 +1,351 @@
+"""What all fused optimizers share: from parameter groups to plans, and whatever torch's optimizers promise around a step."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from fusedopt import checkpoints, paths
+from fusedopt.kernels import backends
+from fusedopt.kernels.plan import Hyperparameters, LossScale, Plan, waves
+from fusedopt.kernels.rule import Rule, Update, no_decay
+from fusedopt.kernels.rules import decoupled_decay, l2_decay
+from fusedopt.kernels.tables import Member
+
+#: Options that choose an implementation. They are this optimizer's own, whatever checkpoint is loaded.
+IMPLEMENTATION_OPTIONS = ("fused", "foreach", "differentiable", "capturable")
+
+
+class _TorchView:
+    """The optimizer as torch's own step sees it: with some of the parameters, and without the gradient scaler."""
+
+    grad_scale = None
+    found_inf = None
+
+    def __init__(self, optimizer: torch.optim.Optimizer, param_groups: list[dict[str, Any]]) -> None:
+        self._optimizer = optimizer
+        self.param_groups = param_groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+class _Prepared:
+    """A plan for the parameters of an optimizer, and what it was made for."""
+
+    def __init__(self, parameters: list[Tensor], key: object) -> None:
+        self.parameters = parameters
+        self.key = key
+        self.plan: Plan | None = None
+        #: Parameters that share memory, one wave after the other; planned anew each time.
+        self.waves: list[list[int]] = []
+        #: Indices of the parameters that torch's own implementation updates.
+        self.torch_indices: list[int] = []
+        self.state: object = None
+        self.state_dicts: list[Any] = []
+
+    def holds(self, parameters: list[Tensor], key: object, state: dict[Tensor, Any]) -> bool:
+        return (
+            self.key == key
+            and self.state is state
+            and _same_objects(self.parameters, parameters)
+            and _same_objects(self.state_dicts, list(state.values()))
+        )
+
+    def watch(self, state: dict[Tensor, Any]) -> None:
+        self.state, self.state_dicts = state, list(state.values())
+
+
+def _same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _number(value: Any) -> float:
+    return float(value.item()) if isinstance(value, Tensor) else float(value)
+
+
+def decay_of(rule: Rule, decays: bool, decoupled: bool) -> Update:
+    """Return ``rule`` behind the decay of a group: none where no group ``decays``."""
+    return _update(rule, no_decay if not decays else decoupled_decay if decoupled else l2_decay)
+
+
+# One object for each pair, so that plans can compare updates by identity.
+_update = functools.cache(Update)
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """The part of an optimizer that runs fused kernels; stands before torch's class among the bases.
+
+    A subclass names its update for a group in :meth:`_update`; everything else follows from the update's rule.
+    """
+
+    # Declared by the class: as an attribute of the instance, deepcopy and pickle would lose it.
+    _step_supports_amp_scaling = True
+    #: torch's class of the same optimizer, whose step serves fused=False, foreach=True and differentiable=True.
+    _torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None
+    #: Whether ``state["step"]`` counts a parameter's steps.
+    _counts_steps: ClassVar[bool] = True
+    #: What to say of sparse gradients; None if torch's own implementation takes them.
+    _sparse_message: ClassVar[str | None] = None
+
+    _prepared: _Prepared | None = None
+    _warned: frozenset[str] = frozenset()
+
+    def _update(self, group: dict[str, Any], decays: bool) -> Update:
+        """Return the update of ``group``; ``decays`` tells whether any group has a weight decay."""
+        raise NotImplementedError
+
+    def _torch_lacks(self, group: dict[str, Any]) -> str | None:
+        """Return which option of ``group`` torch's own implementation does not know, or None."""
+        return None
+
+    # --- what torch.optim.Optimizer promises ------------------------------------------------------------------------------
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have gradients, in place; wholly, or not at all if an error is raised.
+
+        Args:
+            closure: reevaluates the model and returns the loss (default: None).
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: if ``fused=True`` and a kernel cannot serve a parameter; or a parameter is on the meta device,
+                overlaps itself, or differs from its gradient in shape or device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch.optim does; step counts are copies."""
+        return checkpoints.without_shared_steps(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that this class or torch's has written, by copy.
+
+        States keep their dtype, as torch's do not. Options that the checkpoint lacks, and those that choose an
+        implementation, stay what they are.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+
+        Raises:
+            ValueError: if its groups are not this optimizer's in number or size.
+        """
+        before = [dict(group) for group in self.param_groups]
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: checkpoints.shield(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for group, own in zip(self.param_groups, before, strict=True):
+            group.update({name: own[name] for name in IMPLEMENTATION_OPTIONS if name in own})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._prepared = None
+        if "state" in state:
+            checkpoints.unshield(state["state"])
+        for group, own in zip(state.get("param_groups", ()), getattr(self, "param_groups", ()), strict=False):
+            for name, value in own.items():
+                group.setdefault(name, value)
+        super().__setstate__(state)
+
+    # --- the step ---------------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def _step(self) -> None:
+        loss_scale = self._loss_scale()
+        groups = self.param_groups
+        parameters: list[Tensor] = [p for group in groups for p in group["params"]]
+        gradients = [p.grad for p in parameters]
+        if loss_scale is not None and not any(map(backends.decides_on_device, parameters)) and loss_scale.skips():
+            return
+        updates, switches = self._updates()
+        key = (updates, switches, [len(group["params"]) for group in groups], backends.state())
+        prepared = self._prepared
+        by_part = None
+        if (
+            prepared is not None
+            and prepared.plan is not None
+            and prepared.holds(parameters, key, self.state)
+            and prepared.plan.covers(gradients)
+        ):
+            by_part = prepared.plan.gradients(gradients)
+        if by_part is None or prepared is None:
+            prepared = self._prepare(parameters, gradients, updates, key)
+            assert prepared.plan is not None
+            by_part = prepared.plan.gradients(gradients)
+            assert by_part is not None
+        hyperparameters = self._hyperparameters(updates)
+        assert prepared.plan is not None
+        if prepared.torch_indices:  # first, for it checks while it goes
+            self._torch_step(set(prepared.torch_indices), gradients, loss_scale)
+            prepared.watch(self.state)
+        prepared.plan.run(by_part, hyperparameters, loss_scale)
+        for wave in prepared.waves:
+            self._run_wave(wave, parameters, gradients, updates, hyperparameters, loss_scale)
+
+    def _loss_scale(self) -> LossScale | None:
+        # torch.amp.GradScaler sets both for the time of the step.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        return None if found_inf is None and grad_scale is None else LossScale(found_inf, grad_scale)
+
+    def _updates(self) -> tuple[list[Update], list[tuple[Any, ...]]]:
+        groups = self.param_groups
+        decays = any(isinstance(w := group["weight_decay"], Tensor) or w != 0 for group in groups)
+        switches = [tuple(group.get(name) for name in IMPLEMENTATION_OPTIONS) for group in groups]
+        return [self._update(group, decays) for group in groups], switches
+
+    def _hyperparameters(self, updates: Sequence[Update]) -> list[Hyperparameters]:
+        return [
+            Hyperparameters(
+                tuple(_number(self._hyperparameter(group, name)) for name in update.hyperparameters),
+                bool(group["maximize"]),
+            )
+            for group, update in zip(self.param_groups, updates, strict=True)
+        ]
+
+    def _hyperparameter(self, group: dict[str, Any], name: str) -> Any:
+        if name in ("beta1", "beta2") and "betas" in group:
+            return group["betas"][int(name[-1]) - 1]
+        return group[name]
+
+    def _run_wave(
+        self,
+        wave: list[int],
+        parameters: list[Tensor],
+        gradients: list[Tensor | None],
+        updates: list[Update],
+        hyperparameters: list[Hyperparameters],
+        loss_scale: LossScale | None,
+    ) -> None:
+        if loss_scale is not None:
+            # The gradient of a parameter that is listed twice has been unscaled by its first step.
+            earlier = {id(gradients[i]) for i in range(len(gradients)) if i not in wave}
+            if not loss_scale.skips():
+                loss_scale.unscale([g for i in wave if (g := gradients[i]) is not None and id(g) not in earlier])
+            loss_scale = LossScale(loss_scale.found_inf, None)
+        group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        members = [self._member(parameters[i], i, gradients[i], group_of[i], updates[group_of[i]]) for i in wave]
+        names = [backends.choose(parameters[i], gradients[i])[0] for i in wave]
+        plan = Plan(members, updates, names)
+        self._attach(plan, members)
+        by_part = plan.gradients(gradients)
+        assert by_part is not None
+        plan.run(by_part, hyperparameters, loss_scale)
+
+    def _torch_step(self, indices: set[int], gradients: list[Tensor | None], loss_scale: LossScale | None) -> None:
+        assert self._torch_class is not None
+        if loss_scale is not None:
+            if loss_scale.skips():
+                return
+            loss_scale.unscale([g for i in indices if (g := gradients[i]) is not None])
+        groups, first = [], 0
+        for group in self.param_groups:
+            own = group["params"]
+            chosen = [p for i, p in enumerate(own, first) if i in indices]
+            # foreach and fused cannot take what they are not asked for, such as sparse gradients.
+            groups.append({**group, "params": chosen, "fused": False})
+            first += len(own)
+        # Without the wrapper that runs hooks, which torch puts around the step of each class it has built.
+        inspect.unwrap(self._torch_class.step)(_TorchView(self, groups))
+
+    # --- planning ---------------------------------------------------------------------------------------------------------
+
+    def _member(self, parameter: Tensor, index: int, gradient: Tensor | None, group: int, update: Update) -> Member:
+        """Return ``parameter`` with its state, missing parts made anew but not yet put into ``self.state``."""
+        state: dict[str, Any] = self.state.get(parameter) or {}
+        missing = [name for name in update.states if not isinstance(state.get(name), Tensor)]
+        if self._counts_steps:
+            step = _number(state.get("step", 0.0))
+        else:  # the rule's only question is whether this is the first
+            step = 1.0 if update.states and not missing else 0.0
+        # A state made in inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            new = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in missing}
+        return Member(parameter, index, gradient, group, step, self._counts_steps, state, new)
+
+    def _attach(self, plan: Plan, members: Sequence[Member]) -> None:
+        for member in members:
+            if member.counted or member.new:
+                self.state[member.parameter] = member.state
+        plan.attach()
+
+    def _prepare(
+        self, parameters: list[Tensor], gradients: list[Tensor | None], updates: list[Update], key: object
+    ) -> _Prepared:
+        prepared = _Prepared(parameters, key)
+        known = self._known(parameters, updates)
+        members, names, index = [], [], 0
+        for number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                gradient = gradients[index]
+                if gradient is not None or index in known:
+                    path, reason = paths.choose(self, parameter, gradient, group)
+                    paths.check(index, parameter, gradient, group, path)
+                    if path == "torch":
+                        prepared.torch_indices.append(index)
+                    else:
+                        if path == "tensor" and group["fused"] is None and group.get("foreach") is None:
+                            self._warn(reason)
+                        members.append(self._member(parameter, index, gradient, number, updates[number]))
+                        names.append(path)
+                index += 1
+        first, *later = waves(members)
+        chosen = dict(zip((member.index for member in members), names, strict=True))
+        # Everything that can be refused is refused while planning, before a state is attached or a parameter changes.
+        plan = Plan(first, updates, [chosen[member.index] for member in first])
+        for wave in later:
+            Plan(wave, updates, [chosen[member.index] for member in wave])
+        self._attach(plan, first)
+        prepared.plan = plan
+        prepared.waves = [[member.index for member in wave] for wave in later]
+        prepared.watch(self.state)
+        self._prepared = prepared
+        return prepared
+
+    def _known(self, parameters: list[Tensor], updates: list[Update]) -> set[int]:
+        """Return the indices of parameters that rest at present, but have stepped before."""
+        known, index = set(), 0
+        for group, update in zip(self.param_groups, updates, strict=True):
+            for parameter in group["params"]:
+                state = self.state.get(parameter)
+                if state and all(isinstance(state.get(name), Tensor) for name in update.states):
+                    known.add(index)
+                index += 1
+        before = self._prepared
+        if before is not None and before.plan is not None and _same_objects(before.parameters, parameters):
+            known |= before.plan.indices
+        return known
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned and not backends.disabled():
+            self._warned = self._warned | {reason}
+            warnings.warn(
+                f"{type(self).__name__} runs by operations of torch, unfused, where {reason}; explain() tells for which "
+                "parameters, fused=False asks for torch's own implementation",
+                UserWarning,
+                stacklevel=7,
+            )
+
+    def explain(self) -> str:
+        """Return for each parameter, a line each, who updates it and why.
+
+        A path is "numba" or "triton" (a fused kernel), "tensor" (the rule by operations of torch) or "torch" (torch's own
+        implementation). A parameter without a gradient is explained as if it had a dense one.
+        """
+        return paths.explain(self)

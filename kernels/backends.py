@@ -1,0 +1,113 @@
+"""Which backend updates which parameter, and the calls that all backends share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fusedopt.kernels import layout
+from fusedopt.kernels.tables import BY_ADDRESS
+
+if TYPE_CHECKING:
+    from fusedopt.kernels.tables import Bucket, Kind, Launch
+
+NAMES = (*BY_ADDRESS, "numpy", "tensor")
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Have one backend update all parameters, for tests: "numba", "triton", "numpy" or "tensor".
+
+    Triton takes tensors of a CPU only in its interpreter (``TRITON_INTERPRET=1``, set before triton is imported).
+    """
+    global _forced
+    if name not in NAMES:
+        raise ValueError(f"there is no backend {name!r}; there are {', '.join(NAMES)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def disabled() -> bool:
+    """Whether ``FUSEDOPT_DISABLE`` turns all kernels off."""
+    return os.environ.get("FUSEDOPT_DISABLE", "0") not in ("", "0")
+
+
+def state() -> tuple[str | None, bool]:
+    """Return what a choice depends on beside the parameter; a plan holds while it stays the same."""
+    return _forced, disabled()
+
+
+@functools.cache
+def triton_obstacle() -> str | None:
+    """Return why Triton cannot compile for a GPU here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'fusedopt[triton]')"
+    if not any(map(shutil.which, ("gcc", "clang", "cc"))) and not os.environ.get("CC"):
+        return "Triton needs a C compiler, and found none (install gcc or clang, or set CC)"
+    return None
+
+
+def choose(parameter: Tensor, gradient: Tensor | None) -> tuple[str, str]:
+    """Return the name of the backend for ``parameter``, and the reason."""
+    if _forced is not None:
+        return _forced, "forced by fusedopt.kernels.backends.use"
+    if disabled():
+        return "tensor", "FUSEDOPT_DISABLE is set"
+    if not all(layout.is_plain_memory(tensor) for tensor in (parameter, gradient) if tensor is not None):
+        return "tensor", f"{type(parameter).__name__} is not plain memory"
+    if parameter.device.type == "cpu":
+        return "numba", "compiled kernel for CPUs"
+    if parameter.device.type == "cuda":
+        obstacle = triton_obstacle()
+        return ("tensor", obstacle) if obstacle else ("triton", "compiled kernel for GPUs")
+    return "tensor", f"there is no kernel for {parameter.device.type} devices"
+
+
+def decides_on_device(parameter: Tensor) -> bool:
+    """Whether the device itself reads what a gradient scaler found, without the host waiting for it."""
+    return choose(parameter, None)[0] == "triton"
+
+
+def prepare(backend: str, kind: Kind) -> None:
+    """Compile what ``backend`` needs for buckets of ``kind``, or load it from the cache."""
+    if backend == "numba":
+        from fusedopt.kernels import cpu
+
+        cpu.prepare(kind)
+    elif backend == "triton":
+        from fusedopt.kernels import gpu
+
+        gpu.prepare(kind)
+
+
+def run(bucket: Bucket, launch: Launch) -> None:
+    """Update the active tensors of ``bucket`` in place by its backend."""
+    if bucket.backend == "numba":
+        from fusedopt.kernels import cpu
+
+        cpu.run(bucket, launch)
+    elif bucket.backend == "triton":
+        from fusedopt.kernels import gpu
+
+        gpu.run(bucket, launch)
+    elif bucket.backend == "numpy":
+        from fusedopt.kernels import reference
+
+        reference.run_on_arrays(bucket, launch)
+    else:
+        from fusedopt.kernels import reference
+
+        reference.run_on_tensors(bucket, launch)

@@ -1,0 +1,147 @@
+"""What generated Numba kernels are made of: options, typed pointers, conversions of formats, claims of chunks."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+#: The options of every njit here. Numba hands a helper's options down from its first caller, so all must agree.
+#: Without error_model="numpy" a division checks for zero, and loops stay scalar; fastmath would cost the equal bits.
+JIT = {"error_model": "numpy", "fastmath": False, "boundscheck": False}
+
+# Indices into the progress array of one launch, a cache line apart.
+CLAIMED, DONE = 0, 8
+PROGRESS_LENGTH = 16
+
+
+def _pointer_maker(element):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def pointer(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), generate
+
+    return pointer
+
+
+float32_pointer = _pointer_maker(types.float32)
+float64_pointer = _pointer_maker(types.float64)
+# Half precision numbers are loaded and stored as their bits.
+float16_pointer = bfloat16_pointer = _pointer_maker(types.uint16)
+
+
+@intrinsic
+def _from_float16(typing_context, bits):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _to_float16(typing_context, number):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def _from_bfloat16(typing_context, bits):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), word(16)), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _to_bfloat16(typing_context, number):  # type: ignore[no-untyped-def]
+    # In LLVM's words, because Numba widens sums of 32-bit integers to 64 bits. To nearest, ties to even; NaN stays NaN.
+    def generate(context, builder, signature, arguments):
+        word, half = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        return builder.select(is_nan, half(0x7FC0), builder.trunc(builder.lshr(rounded, word(16)), half))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def fetch_add(typing_context, address, amount):  # type: ignore[no-untyped-def]
+    """Add to the 64-bit integer at ``address`` atomically; return what it was."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@njit(**JIT)
+def load_float32(array, i):  # type: ignore[no-untyped-def]
+    return array[i]
+
+
+load_float64 = load_float32
+
+
+@njit(**JIT)
+def load_float16(array, i):  # type: ignore[no-untyped-def]
+    return _from_float16(array[i])
+
+
+@njit(**JIT)
+def load_bfloat16(array, i):  # type: ignore[no-untyped-def]
+    return _from_bfloat16(array[i])
+
+
+@njit(**JIT)
+def store_float32(array, i, number):  # type: ignore[no-untyped-def]
+    array[i] = number
+
+
+store_float64 = store_float32
+
+
+@njit(**JIT)
+def store_float16(array, i, number):  # type: ignore[no-untyped-def]
+    array[i] = _to_float16(types.float32(number))
+
+
+@njit(**JIT)
+def store_bfloat16(array, i, number):  # type: ignore[no-untyped-def]
+    array[i] = _to_bfloat16(types.float32(number))
+
+
+@njit(**JIT)
+def absolute(x):  # type: ignore[no-untyped-def]
+    return abs(x)
+
+
+@njit(**JIT)
+def where(condition, a, b):  # type: ignore[no-untyped-def]
+    return a if condition else b
+
+
+@njit(**JIT)
+def maximum(a, b):  # type: ignore[no-untyped-def]
+    return a if (a > b or a != a) else b
+
+
+@njit(**JIT)
+def nonzero(x):  # type: ignore[no-untyped-def]
+    return x != 0
+
+
+@njit(nogil=True, cache=True, **JIT)
+def spin_until(progress, address, target, limit):  # type: ignore[no-untyped-def]
+    """Wait until ``target`` chunks are done or ``limit`` looks were taken; return whether they are done."""
+    for _ in range(limit):
+        if fetch_add(address, 0) >= target:
+            return True
+    return False

@@ -1,0 +1,44 @@
+"""How numbers are stored, and in what type they are computed with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store the elements of a parameter, a gradient or a state.
+
+    Args:
+        name: as in torch; kernels' loads, stores and conversions are named by it.
+        dtype: of the tensors that hold it.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return self.dtype.itemsize
+
+
+FORMATS: dict[torch.dtype, Format] = {
+    dtype: Format(str(dtype).removeprefix("torch."), dtype)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
+
+#: A complex number is stored, and updated, as its real and its imaginary part.
+REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the real numbers that tensors of ``dtype`` hold."""
+    return REAL_DTYPES.get(dtype, dtype)
+
+
+def compute_dtype(parameter: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic on parameters of dtype ``parameter``: float64 for float64, else float32."""
+    return torch.float64 if real_dtype(parameter) == torch.float64 else torch.float32

@@ -1,0 +1,51 @@
+"""What the generated kernels of all backends have in common: the lines that take one element through an update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusedopt.kernels import source
+from fusedopt.kernels.rule import Update
+
+
+def functions(update: Update, decorator: str, *, divide: bool = False) -> str:
+    """Return the source of the update's decay and rule with all their helpers, each once, under ``decorator``."""
+    texts = dict.fromkeys(
+        part
+        for function in (update.decay.update, update.rule.update)
+        for part in source.texts(function, decorator, divide=divide)
+    )
+    return "\n\n\n".join(texts)
+
+
+def coefficient_names(update: Update) -> list[str]:
+    """Return the variables that hold a row of coefficients, in the order of the row."""
+    return [
+        "c_inverse_scale",
+        "c_sign",
+        *(f"c_decay_{name}" for name in update.decay_names),
+        *(f"c_{name}" for name in update.rule_names),
+    ]
+
+
+def arrays(update: Update) -> list[str]:
+    """Return the names of the arrays that a kernel reads and writes, in the order of a bucket's addresses."""
+    return ["p", "g", *(f"s_{state}" for state in update.states)]
+
+
+def element(update: Update) -> list[str]:
+    """Return the lines that turn ``p``, ``g``, the states and the coefficients into ``new_p`` and the new states."""
+    names = coefficient_names(update)
+    first = 2 + len(update.decay_names)
+    states = arrays(update)[2:]
+    new = [f"new_{name}" for name in ("p", *states)]
+    return [
+        "g = c_sign * g",
+        f"p, g = {update.decay.update.__name__}({', '.join(['p', 'g', *names[2:first]])})",
+        f"{', '.join(new)}, = {update.rule.update.__name__}({', '.join(['p', 'g', *states, *names[first:]])})",
+    ]
+
+
+def indent(lines: Sequence[str], spaces: int) -> str:
+    """Join ``lines`` for a place in a template that is indented by ``spaces``."""
+    return ("\n" + " " * spaces).join(lines)

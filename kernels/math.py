@@ -1,0 +1,78 @@
+"""The few functions that rules may call, each in plain Python for every place where rules run.
+
+A rule names them as bare globals; :mod:`fusedopt.kernels.source` binds the names anew for Numba and for Triton. What they
+mean is the same everywhere: correctly rounded, NaN propagates, no approximation.
+
+| name | meaning |
+|---|---|
+| ``sqrt(x)`` | the square root, correctly rounded |
+| ``absolute(x)`` | the magnitude |
+| ``where(condition, a, b)`` | ``a`` where the condition holds, else ``b``; both are evaluated |
+| ``maximum(a, b)`` | the larger one; NaN if either is NaN |
+| ``nonzero(x)`` | whether ``x`` differs from zero |
+| ``power(base, exponent)`` | ``base`` to a whole non-negative ``exponent``; in coefficient functions only |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+
+#: Names that rules may call.
+RULE_NAMES = ("sqrt", "absolute", "where", "maximum", "nonzero")
+#: Names that coefficient functions may call.
+COEFFICIENT_NAMES = (*RULE_NAMES, "power")
+
+
+def power(base: float, exponent: float) -> float:
+    """Return ``base ** exponent`` by repeated squaring, for a whole ``exponent`` >= 0.
+
+    Products alone, in one fixed order, give the same bits on every processor; ``pow`` of a C library does not. The relative
+    error stays below ``2 * exponent * 2**-53``.
+    """
+    result, remaining = 1.0, int(exponent)
+    while remaining > 0:
+        if remaining & 1:
+            result *= base
+        base *= base
+        remaining >>= 1
+    return result
+
+
+#: Bindings for Python floats: the coefficients that the host computes.
+SCALARS: dict[str, Callable[..., Any]] = {
+    "sqrt": math.sqrt,
+    "absolute": abs,
+    "where": lambda condition, a, b: a if condition else b,
+    "maximum": lambda a, b: a if (a > b or a != a) else b,
+    "nonzero": lambda x: x != 0,
+    "power": power,
+}
+
+#: Bindings for NumPy arrays: the reference.
+ARRAYS: dict[str, Callable[..., Any]] = {
+    "sqrt": numpy.sqrt,
+    "absolute": numpy.abs,
+    "where": numpy.where,
+    "maximum": lambda a, b: numpy.where((a > b) | (a != a), a, b),
+    "nonzero": lambda x: x != 0,
+}
+
+# What the names mean in a rule that is called as it stands: on NumPy arrays.
+sqrt, absolute, where, maximum, nonzero = (ARRAYS[name] for name in RULE_NAMES)
+
+#: Bindings for torch tensors: every device and layout that torch serves.
+TENSORS: dict[str, Callable[..., Any]] = {
+    "sqrt": torch.sqrt,
+    "absolute": torch.abs,
+    # A condition on coefficients alone is a plain bool here.
+    "where": lambda condition, a, b: (
+        (a if condition else b) if isinstance(condition, bool) else torch.where(condition, a, b)
+    ),
+    "maximum": lambda a, b: torch.where((a > b) | (a != a), a, b),
+    "nonzero": lambda x: x != 0,
+}

@@ -1,0 +1,282 @@
+"""A step in three parts: plan (sort parameters into buckets), validate (that the plan still holds), run (launch)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fusedopt.kernels import backends, layout
+from fusedopt.kernels.rule import Update
+from fusedopt.kernels.tables import Bucket, Kind, Launch, Member, kind_of
+
+#: Most patterns of missing gradients that a bucket remembers as checked.
+_PATTERNS = 16
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The hyperparameters of one group at one step.
+
+    Args:
+        values: in the order of ``Update.hyperparameters``.
+        maximize: whether to climb.
+    """
+
+    values: tuple[float, ...]
+    maximize: bool = False
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """What a gradient scaler asks of a step.
+
+    Args:
+        found_inf: one element; the step is left out where it is not zero. A scaler sums it over devices.
+        grad_scale: one element, which gradients are divided by first; None where they are unscaled already.
+    """
+
+    found_inf: Tensor | None
+    grad_scale: Tensor | None
+
+    def skips(self) -> bool:
+        """Whether the step is left out; waits for the device."""
+        return self.found_inf is not None and self.found_inf.item() != 0
+
+    def inverse(self) -> float | None:
+        """Return the inverse of the scale as torch's ``unscale_`` has it: in float64, rounded to float32; or None."""
+        return None if self.grad_scale is None else float(numpy.float32(1.0 / self.grad_scale.item()))
+
+    def unscale(self, gradients: Sequence[Tensor]) -> None:
+        """Multiply ``gradients`` by the inverse scale, in place."""
+        inverse = self.inverse()
+        if inverse is not None:
+            for gradient in gradients:
+                gradient.mul_(inverse)
+
+
+class _Part:
+    """A bucket, and what must not have changed for it to hold."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.indices = [member.index for member in bucket.members]
+        self._state_dicts = [member.state for member in bucket.members]
+        self._counted = bucket.members[0].counted
+        self._metadata = layout.Metadata(bucket.written)
+        self._gradient_patterns: dict[bytes, layout.Metadata] = {}
+        planned = [
+            torch.empty_like(m.parameter, device="meta") if m.gradient is None else m.gradient for m in bucket.members
+        ]
+        self._planned = [(tensor.dtype, tensor.layout, tensor.shape, tensor.stride()) for tensor in planned]
+        self._all_active = numpy.ones(len(bucket.members), bool)
+        # Kernels write past autograd's eyes; without this it would use what is no longer there. Tensors made in inference
+        # mode have no version.
+        self._versioned = [tensor for tensor in bucket.written if not tensor.is_inference()]
+
+    def attach(self) -> None:
+        """Complete the states of all members; their step counts become views of the bucket's."""
+        for member, view in zip(self.bucket.members, self.bucket.step_views, strict=True):
+            member.attach()
+            if member.counted:
+                member.state["step"] = view
+
+    def holds(self) -> bool:
+        """Whether parameters and states are the tensors, of the kinds and in the places, that the bucket has noted."""
+        bucket = self.bucket
+        try:
+            for name, column in zip(bucket.kind.update.states, bucket.states, strict=True):
+                if not all(map(operator.is_, map(operator.itemgetter(name), self._state_dicts), column)):
+                    return False
+            if self._counted and not all(
+                map(operator.is_, map(operator.itemgetter("step"), self._state_dicts), bucket.step_views)
+            ):
+                return False
+        except KeyError:
+            return False
+        return self._metadata.matches(bucket.written) and bucket.addresses_hold()
+
+    def gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """Return this bucket's gradients, or None where one is not of the kind that was planned for."""
+        own = [gradients[index] for index in self.indices]
+        present = [gradient for gradient in own if gradient is not None]
+        pattern = b"" if len(present) == len(own) else bytes(gradient is not None for gradient in own)
+        known = self._gradient_patterns.get(pattern)
+        if known is not None:
+            return own if known.matches(present) else None
+        for gradient, parameter, planned in zip(own, self.bucket.parameters, self._planned, strict=True):
+            if gradient is not None and (
+                (gradient.dtype, gradient.layout, gradient.shape, gradient.stride()) != planned
+                or gradient.device != parameter.device
+            ):
+                return None
+        if len(self._gradient_patterns) >= _PATTERNS:
+            self._gradient_patterns.clear()
+        self._gradient_patterns[pattern] = layout.Metadata(present)
+        return own
+
+    def launch(
+        self, gradients: list[Tensor | None], hyperparameters: Sequence[Hyperparameters], inverse_scale: float | None
+    ) -> Launch:
+        bucket = self.bucket
+        kind = bucket.kind if inverse_scale is None else replace(bucket.kind, unscale=True)
+        addresses = bucket.addresses
+        if all(gradient is not None for gradient in gradients):
+            active, chunks = self._all_active, bucket.chunks
+            addresses[1] = list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
+        else:
+            active = numpy.array([gradient is not None for gradient in gradients])
+            chunks = numpy.ascontiguousarray(bucket.chunks[active[bucket.chunks[:, 0]]])
+            addresses[1] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        rows, row_of_tensor = bucket.rows(active)
+        coefficients = coefficient_rows(bucket, kind, rows, hyperparameters, inverse_scale)
+        return Launch(kind, gradients, active, addresses, chunks, row_of_tensor, coefficients)
+
+    def run(self, launch: Launch) -> None:
+        bucket = self.bucket
+        stand_ins = bucket.stand_in(launch) if bucket.by_address else []
+        backends.run(bucket, launch)
+        if stand_ins:
+            bucket.give_back(stand_ins, launch.kind.unscale)
+        bucket.steps.add_(1 if launch.active is self._all_active else torch.from_numpy(launch.active))
+        if bucket.by_address:
+            torch.autograd.graph.increment_version(self._versioned)
+            if launch.kind.unscale:
+                torch.autograd.graph.increment_version([g for g in launch.gradients if g is not None])
+
+
+def coefficient_rows(
+    bucket: Bucket,
+    kind: Kind,
+    rows: Sequence[tuple[int, int]],
+    hyperparameters: Sequence[Hyperparameters],
+    inverse_scale: float | None,
+) -> NDArray[Any]:
+    """Return the coefficients of the (group, representative) ``rows``: computed in float64, rounded once."""
+    update = kind.update
+    known: dict[tuple[Hyperparameters, float], tuple[float, ...]] = {}
+    table = []
+    for group, representative in rows:
+        step = float(bucket.steps[representative]) + 1.0
+        key = (hyperparameters[group], step)
+        if key not in known:
+            values = dict(zip(update.hyperparameters, key[0].values, strict=True))
+            scale = 1.0 if inverse_scale is None else inverse_scale
+            known[key] = (scale, *update.coefficients(step, key[0].maximize, values))
+        table.append(known[key])
+    dtype = numpy.float64 if kind.compute.dtype == torch.float64 else numpy.float32
+    return numpy.array(table, numpy.float64).astype(dtype).reshape(len(rows), 1 + update.coefficient_count)
+
+
+class Plan:
+    """The buckets of an optimizer's parameters.
+
+    Args:
+        members: parameters with whole states; no two of them share memory.
+        updates: by group.
+        names: the name of the backend for each member.
+    """
+
+    def __init__(self, members: Sequence[Member], updates: Sequence[Update], names: Sequence[str]) -> None:
+        sorted_members: dict[tuple[object, ...], list[Member]] = {}
+        for member, name in zip(members, names, strict=True):
+            update = updates[member.group]
+            kind = kind_of(update, member)
+            if kind is None:
+                raise TypeError(describe_dtypes(member, update))
+            sorted_members.setdefault((name, member.parameter.device, kind, member.counted), []).append(member)
+        self.parts = [
+            _Part(Bucket(name, kind, group))  # type: ignore[arg-type]
+            for (name, _, kind, _), group in sorted_members.items()
+        ]
+        #: Where the members stand in the caller's lists.
+        self.indices = {member.index for member in members}
+
+    def attach(self) -> None:
+        """Complete the states of all members; until then nothing has been written to them."""
+        for part in self.parts:
+            part.attach()
+
+    def covers(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether every parameter with a gradient is in the plan."""
+        return len(self.indices) == len(gradients) or all(
+            index in self.indices for index, gradient in enumerate(gradients) if gradient is not None
+        )
+
+    def gradients(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]] | None:
+        """Return the gradients by bucket, or None where the plan no longer holds."""
+        by_part = []
+        for part in self.parts:
+            own = part.gradients(gradients)
+            if own is None or not part.holds():
+                return None
+            by_part.append(own)
+        return by_part
+
+    def run(
+        self,
+        gradients: Sequence[list[Tensor | None]],
+        hyperparameters: Sequence[Hyperparameters],
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        """Take one step, or none at all if a scaler has found infinities.
+
+        Args:
+            gradients: as :meth:`gradients` returned them.
+            hyperparameters: by group.
+            loss_scale: what a gradient scaler asks for (default: None).
+        """
+        inverse_scale = None
+        if loss_scale is not None:
+            if loss_scale.skips():
+                return
+            inverse_scale = loss_scale.inverse()
+        launches = [
+            part.launch(own, hyperparameters, inverse_scale) if any(g is not None for g in own) else None
+            for part, own in zip(self.parts, gradients, strict=True)
+        ]
+        for part, launch in zip(self.parts, launches, strict=True):
+            if launch is not None:
+                backends.prepare(part.bucket.backend, launch.kind)
+        for part, launch in zip(self.parts, launches, strict=True):
+            if launch is not None:
+                part.run(launch)
+
+
+def describe_dtypes(member: Member, update: Update) -> str:
+    """Return why no backend can store the dtypes of ``member``."""
+    gradient = None if member.gradient is None else member.gradient.dtype
+    states = {name: member.tensor(name).dtype for name in update.states}
+    return (
+        f"parameter {member.index} has dtype {member.parameter.dtype}, its gradient {gradient}, its states {states}; "
+        "fusedopt updates float32, float64, bfloat16 and float16 in any mix, and complex64 and complex128 unmixed: "
+        "convert the parameter, or the state"
+    )
+
+
+def waves(members: Sequence[Member]) -> list[list[Member]]:
+    """Return ``members`` in waves: those that share memory with an earlier one step after it, as in torch's loop.
+
+    Args:
+        members: in the order in which they step.
+    """
+    extents = numpy.array([layout.extent(member.parameter) for member in members], numpy.int64).reshape(-1, 2)
+    if len(members) < 2:
+        return [list(members)]
+    order = numpy.lexsort((extents[:, 1], extents[:, 0]))
+    starts, ends = extents[order].T
+    if not (starts[1:] < numpy.maximum.accumulate(ends)[:-1]).any():
+        return [list(members)]
+    wave_of: list[int] = []
+    for index, (start, end) in enumerate(extents.tolist()):
+        touching = [
+            wave_of[earlier] for earlier in range(index) if start < extents[earlier, 1] and extents[earlier, 0] < end
+        ]
+        wave_of.append(1 + max(touching, default=-1))
+    return [[m for m, own in zip(members, wave_of, strict=True) if own == wave] for wave in range(max(wave_of) + 1)]

@@ -1,0 +1,52 @@
+"""The backends without kernels: a rule as it stands, on NumPy arrays (the reference) and on torch tensors (any device)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.kernels import layout
+from fusedopt.kernels import math as kernel_math
+
+if TYPE_CHECKING:
+    from fusedopt.kernels.tables import Bucket, Launch
+
+
+def _run(bucket: Bucket, launch: Launch, names: dict[str, Any], to_arrays: Any, to_tensor: Any) -> None:
+    compute = launch.kind.compute.dtype
+    for index, gradient in enumerate(launch.gradients):
+        if gradient is None:
+            continue
+        written = [layout.real(column[index]) for column in (bucket.parameters, *bucket.states)]
+        gradient = layout.real(gradient)
+        row = launch.coefficients[launch.row_of_tensor[index]]
+        p, g, *states = (to_arrays(tensor.to(compute)) for tensor in (written[0], gradient, *written[1:]))
+        inverse_scale, *coefficients = row if to_tensor is torch.from_numpy else row.tolist()
+        if launch.kind.unscale:
+            g = inverse_scale * g
+            _store(gradient, to_tensor(g), bucket.parameters[index])
+        new = launch.kind.update.apply(names, p, g, states, coefficients)
+        for tensor, array in zip(written, new, strict=True):
+            tensor.copy_(to_tensor(array))
+
+
+def _store(gradient: Tensor, value: Tensor, parameter: Tensor) -> None:
+    if layout.overlaps_itself(gradient):  # an expanded gradient cannot hold it
+        parameter.grad = torch.view_as_complex(value) if parameter.is_complex() else value.to(gradient.dtype)
+    else:
+        gradient.copy_(value)
+
+
+def run_on_arrays(bucket: Bucket, launch: Launch) -> None:
+    """Update the active tensors of ``bucket``, on a CPU, by NumPy."""
+    import numpy
+
+    with numpy.errstate(all="ignore"):
+        _run(bucket, launch, kernel_math.ARRAYS, lambda t: t.detach().numpy(), torch.from_numpy)
+
+
+def run_on_tensors(bucket: Bucket, launch: Launch) -> None:
+    """Update the active tensors of ``bucket`` by operations of torch, one tensor after the other."""
+    _run(bucket, launch, kernel_math.TENSORS, lambda t: t.detach(), lambda t: t)

@@ -1,0 +1,146 @@
+"""What a rule is: its function, its states and its coefficients, checked when it is defined; and rules put together."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusedopt.kernels import math as kernel_math
+from fusedopt.kernels import source
+
+
+@functools.cache
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def bind(function: Callable[..., Any], names: Mapping[str, Any]) -> Callable[..., Any]:
+    """Copy ``function`` with other globals, its helpers likewise; its source file and lines survive."""
+    namespace = {**function.__globals__, **names}
+    for helper in source.helpers(function):
+        namespace[helper.__name__] = bind(helper, names)
+    return types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Weight decay as a step before a rule: ``update(p, g, *coefficients) -> (p, g)``.
+
+    Args:
+        update: straight-line function on one element.
+        coefficients: function of hyperparameters (its argument names) that returns the coefficients of ``update`` in order.
+    """
+
+    update: Callable[..., Any]
+    coefficients: Callable[..., tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        source.check(self.update, results=2)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer's mathematics: ``update(p, g, *states, *coefficients) -> (p, *states)``.
+
+    Args:
+        update: straight-line function on one element; its arguments are ``p``, ``g``, the states by name, the coefficients.
+        coefficients: function of ``step`` (1 at the parameter's first step) and hyperparameters (its argument names) that
+            returns the coefficients of ``update`` in order, computed in float64.
+        states: names of the states, of the parameter's shape each, zero at first.
+
+    Raises:
+        RuleError: if ``update`` is not what every backend can compile; names the line and the remedy.
+    """
+
+    update: Callable[..., Any]
+    coefficients: Callable[..., tuple[float, ...]]
+    states: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        source.check(self.update, results=1 + len(self.states))
+        expected = ("p", "g", *self.states)
+        if _names(self.update)[: len(expected)] != expected:
+            raise source.RuleError(
+                f"the rule {self.update.__name__!r} must take {', '.join(expected)} first, as it declares the states "
+                f"{list(self.states)}, but takes {', '.join(_names(self.update))}: name each state that it needs in `states=`"
+            )
+
+
+def _no_decay(p, g):  # type: ignore[no-untyped-def]
+    return p, g
+
+
+def _no_coefficients() -> tuple[float, ...]:
+    return ()
+
+
+#: No weight decay.
+no_decay = Decay(_no_decay, _no_coefficients)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A rule behind a decay: what one element of a parameter goes through in a step, in any backend.
+
+    The coefficients of an update are the sign of the gradient (-1 to maximize), the decay's, and the rule's.
+    """
+
+    rule: Rule
+    decay: Decay = no_decay
+    _scalar: tuple[Callable[..., Any], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        functions = (self.decay.coefficients, self.rule.coefficients)
+        object.__setattr__(self, "_scalar", tuple(bind(f, kernel_math.SCALARS) for f in functions))
+
+    @functools.cached_property
+    def name(self) -> str:
+        """What the update is called in generated files and in explanations."""
+        return "_".join(f.__name__.strip("_") for f in (self.decay.update, self.rule.update) if f is not _no_decay)
+
+    @functools.cached_property
+    def states(self) -> tuple[str, ...]:
+        """The names of the states."""
+        return self.rule.states
+
+    @functools.cached_property
+    def decay_names(self) -> tuple[str, ...]:
+        """The names of the decay's coefficients."""
+        return _names(self.decay.update)[2:]
+
+    @functools.cached_property
+    def rule_names(self) -> tuple[str, ...]:
+        """The names of the rule's coefficients."""
+        return _names(self.rule.update)[2 + len(self.states) :]
+
+    @functools.cached_property
+    def coefficient_count(self) -> int:
+        """The length of a row of coefficients."""
+        return 1 + len(self.decay_names) + len(self.rule_names)
+
+    @functools.cached_property
+    def hyperparameters(self) -> tuple[str, ...]:
+        """The names of the hyperparameters that the coefficients are computed from."""
+        names = (*_names(self.decay.coefficients), *_names(self.rule.coefficients)[1:])
+        return tuple(dict.fromkeys(names))
+
+    def coefficients(self, step: float, maximize: bool, hyperparameters: Mapping[str, float]) -> tuple[float, ...]:
+        """Return one row of coefficients in float64, for a parameter whose ``step``-th step this is."""
+        decay, rule = self._scalar
+        sign = -1.0 if maximize else 1.0
+        of_decay = decay(*(hyperparameters[name] for name in _names(self.decay.coefficients)))
+        of_rule = rule(step, *(hyperparameters[name] for name in _names(self.rule.coefficients)[1:]))
+        return (sign, *of_decay, *of_rule)
+
+    def apply(
+        self, names: Mapping[str, Any], p: Any, g: Any, states: Sequence[Any], coefficients: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """Run the update on whole arrays or tensors whose functions are ``names``; return the new ``p`` and states."""
+        decay, rule = bind(self.decay.update, names), bind(self.rule.update, names)
+        split = 1 + len(self.decay_names)
+        p, g = decay(p, coefficients[0] * g, *coefficients[1:split])
+        return tuple(rule(p, g, *states, *coefficients[split:]))

@@ -1,0 +1,205 @@
+"""Rules as source text: checked for what every backend can compile, bound anew, and written to files that are cached.
+
+Numba and Triton both compile functions from files, and both keep what they compiled on disk beside a fingerprint of the source.
+So a kernel is written out as one file that holds all it depends on and is named by its content: a changed rule is another
+file, an unchanged one is found again by the next process.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import functools
+import hashlib
+import importlib.util
+import inspect
+import os
+import shutil
+import sys
+import tempfile
+import textwrap
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusedopt.kernels.math import COEFFICIENT_NAMES, RULE_NAMES
+
+_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.BitAnd, ast.BitOr)
+_COMPARISONS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
+
+
+class RuleError(TypeError):
+    """A rule that not every backend can compile; the message names the line and the remedy."""
+
+
+@functools.cache
+def tree(function: Callable[..., Any]) -> ast.FunctionDef:
+    """Return the syntax tree of ``function``, its line numbers those of its file."""
+    lines, first = inspect.getsourcelines(function)
+    node = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    if not isinstance(node, ast.FunctionDef):
+        raise RuleError(f"{function!r} must be a plain function, written with `def`, to be a rule")
+    return ast.increment_lineno(node, first - 1)
+
+
+def helpers(function: Callable[..., Any]) -> list[types.FunctionType]:
+    """Return the functions of the user's own that ``function`` calls, those that they call included, callees first."""
+    found: dict[str, types.FunctionType] = {}
+    for node in ast.walk(tree(function)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in COEFFICIENT_NAMES:
+            helper = function.__globals__.get(node.func.id)
+            if isinstance(helper, types.FunctionType) and helper is not function:
+                found.update({each.__name__: each for each in (*helpers(helper), helper)})
+    return list(found.values())
+
+
+def check(function: Callable[..., Any], results: int | None = None) -> None:
+    """Raise :class:`RuleError` unless every backend can compile ``function``, which returns a tuple of ``results``."""
+    node = tree(function)
+
+    def refuse(at: ast.AST, what: str, remedy: str) -> None:
+        where = f"{inspect.getsourcefile(function)}:{getattr(at, 'lineno', node.lineno)}"
+        raise RuleError(f"{where}: the rule {function.__name__!r} {what}: {remedy}")
+
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    for statement in body[:-1]:
+        if isinstance(statement, ast.If | ast.For | ast.While):
+            refuse(statement, "branches or loops", "use where(condition, a, b), or make each variant a rule of its own")
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+            refuse(
+                statement, f"has the statement `{ast.unparse(statement)}`", "use plain assignments `name = expression`"
+            )
+    if not body or not isinstance(body[-1], ast.Return):
+        refuse(body[-1] if body else node, "does not end in `return`", "end with `return p, *states` written out")
+    value = body[-1].value  # type: ignore[attr-defined]
+    if results is not None and (not isinstance(value, ast.Tuple) or len(value.elts) != results):
+        found = len(value.elts) if isinstance(value, ast.Tuple) else "no tuple"
+        refuse(
+            body[-1],
+            f"returns {found}, not {results} results",
+            f"return a tuple of {results}: p and each state, in order",
+        )
+    known = {helper.__name__ for helper in helpers(function)}
+    for statement in body:
+        for part in ast.walk(statement):
+            _check_expression(part, known, refuse)
+    for helper in helpers(function):
+        check(helper)
+
+
+def _check_expression(part: ast.AST, known: set[str], refuse: Callable[[ast.AST, str, str], None]) -> None:
+    if isinstance(part, ast.Constant):
+        refuse(part, f"holds the literal {part.value!r}", "make it a coefficient (Numba would compute in float64)")
+    elif isinstance(part, ast.BinOp) and not isinstance(part.op, _OPERATORS):
+        refuse(part, f"uses an operator in `{ast.unparse(part)}`", "use + - * / & |, and write powers as products")
+    elif isinstance(part, ast.Compare) and not all(isinstance(op, _COMPARISONS) for op in part.ops):
+        refuse(part, f"compares by `{ast.unparse(part)}`", "use < <= > >= == !=")
+    elif isinstance(part, ast.BoolOp | ast.IfExp):
+        refuse(part, f"decides on data in `{ast.unparse(part)}`", "use where(condition, a, b), & and |")
+    elif isinstance(part, ast.Call):
+        name = ast.unparse(part.func)
+        if name not in (*RULE_NAMES, *known):
+            refuse(part, f"calls `{name}`", f"call {', '.join(RULE_NAMES)}, or a helper function of the same module")
+    elif isinstance(part, ast.Attribute | ast.Subscript | ast.Lambda | ast.Starred):
+        refuse(
+            part, f"uses `{ast.unparse(part)}`", "use names, + - * /, comparisons and the functions that rules may call"
+        )
+
+
+class _Divisions(ast.NodeTransformer):
+    """Rewrites ``a / b`` into ``divide(a, b)``."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Div):
+            return ast.Call(ast.Name("divide", ast.Load()), [node.left, node.right], [])
+        return node
+
+
+def texts(function: Callable[..., Any], decorator: str, *, divide: bool = False) -> list[str]:
+    """Return the sources of the helpers of ``function`` and its own, each under ``decorator``, for a generated file.
+
+    Args:
+        divide: spell ``a / b`` as ``divide(a, b)``, for where a plain division is not correctly rounded (default: False).
+    """
+    parts = []
+    for each in (*helpers(function), function):
+        node = ast.parse(ast.unparse(tree(each))).body[0]
+        assert isinstance(node, ast.FunctionDef)
+        node.decorator_list, node.returns = [], None
+        for argument in node.args.args:
+            argument.annotation = None
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        if divide:
+            node = _Divisions().visit(node)
+        parts.append(f"{decorator}\n{ast.unparse(ast.fix_missing_locations(node))}")
+    return parts
+
+
+def fingerprint(modules: Sequence[types.ModuleType]) -> str:
+    """Return a digest of the sources of ``modules``, for generated files whose meaning depends on them."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()[:16]
+
+
+def _default_directory() -> Path:
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fusedopt"
+
+
+@functools.cache
+def _usable_directory(wanted: str | None) -> Path:
+    try:
+        directory = Path(wanted).expanduser() if wanted else _default_directory()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return directory
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+        # Private, because code is imported from it; and for this process only.
+        directory = Path(tempfile.mkdtemp(prefix="fusedopt-"))
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        return directory
+
+
+def cache_directory() -> Path:
+    """Return the folder of generated and compiled kernels: ``FUSEDOPT_CACHE_DIR``, else one of the user's caches.
+
+    Where that cannot be written, a private temporary folder serves this process.
+    """
+    return _usable_directory(os.environ.get("FUSEDOPT_CACHE_DIR"))
+
+
+def load(name: str, content: str) -> types.ModuleType:
+    """Import ``content`` as a module from a file of the cache folder, named by ``name`` and the content's digest.
+
+    Many processes may do so at once: a file appears whole or not at all, and is never rewritten with other content.
+    """
+    stem = f"{name}_{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    module_name = f"fusedopt_generated_{stem}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    path = cache_directory() / f"{stem}.py"
+    if not path.exists() or path.read_text(encoding="utf-8") != content:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=stem, suffix=".tmp")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module

@@ -1,0 +1,233 @@
+"""Buckets: parameters of one device, update and set of formats, with the tables that one launch walks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fusedopt.kernels import layout
+from fusedopt.kernels.formats import FORMATS, Format, compute_dtype, real_dtype
+from fusedopt.kernels.rule import Update
+
+#: Elements a chunk: a CPU thread claims one at a time, and the four float32 arrays of Adam (256 KiB) stay in its L2 cache.
+CHUNK = 16_384
+
+#: Backends that are given the addresses of tensors; the others take tensors.
+BY_ADDRESS = ("numba", "triton")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one kernel is compiled for.
+
+    Args:
+        update: the rule behind its decay.
+        formats: of the parameter, its gradient and its states.
+        unscale: whether gradients are multiplied by the inverse loss scale, and stored so, before the update.
+    """
+
+    update: Update
+    formats: tuple[Format, ...]
+    unscale: bool = False
+
+    @property
+    def compute(self) -> Format:
+        """The format of the arithmetic."""
+        return FORMATS[compute_dtype(self.formats[0].dtype)]
+
+    @property
+    def name(self) -> str:
+        """A readable name, not unique: rules of different modules may share one."""
+        formats = "_".join(form.name for form in self.formats)
+        return f"{self.update.name}_{formats}{'_unscale' if self.unscale else ''}"
+
+
+@dataclass
+class Member:
+    """One parameter of a bucket.
+
+    Args:
+        parameter: written in place.
+        index: of the parameter in the caller's lists.
+        gradient: of the parameter's shape; as it is when the bucket is made, or None.
+        group: index of the group whose hyperparameters hold.
+        step: how many steps the parameter has taken.
+        counted: whether the count stands in ``state["step"]``.
+        state: the parameter's state, by name; its tensors are written in place.
+        new: parts of the state that :meth:`attach` adds to it.
+    """
+
+    parameter: Tensor
+    index: int
+    gradient: Tensor | None
+    group: int
+    step: float
+    counted: bool
+    state: dict[str, Any]
+    new: dict[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a part of the state, attached or not."""
+        tensor: Tensor = self.new[name] if name in self.new else self.state[name]
+        return tensor
+
+    def attach(self) -> None:
+        """Complete the state."""
+        self.state.update(self.new)
+        self.new = {}
+
+
+@dataclass
+class Launch:
+    """What a backend needs for one step of a bucket; arrays of NumPy.
+
+    Args:
+        kind: what the kernel is compiled for.
+        gradients: by tensor; None where there is none and the tensor rests.
+        active: whether each tensor takes part.
+        addresses: [2 + states, tensors], of parameters, gradients, states.
+        chunks: [chunks, 3], of tensor, first element and length.
+        row_of_tensor: [tensors], the row of coefficients of each.
+        coefficients: [rows, 1 + coefficients], in the dtype of the arithmetic; the inverse loss scale stands first.
+    """
+
+    kind: Kind
+    gradients: Sequence[Tensor | None]
+    active: NDArray[numpy.bool_]
+    addresses: NDArray[numpy.int64]
+    chunks: NDArray[numpy.int64]
+    row_of_tensor: NDArray[numpy.int64]
+    coefficients: NDArray[Any]
+
+
+def kind_of(update: Update, member: Member, unscale: bool = False) -> Kind | None:
+    """Return what ``member`` needs a kernel for, or None where its dtypes are not ones that kernels store."""
+    gradient = member.parameter if member.gradient is None else member.gradient
+    tensors = (member.parameter, gradient, *(member.tensor(name) for name in update.states))
+    formats = tuple(FORMATS.get(real_dtype(tensor.dtype)) for tensor in tensors)
+    if any(form is None for form in formats) or len({tensor.is_complex() for tensor in tensors}) > 1:
+        return None
+    return Kind(update, formats, unscale)  # type: ignore[arg-type]
+
+
+def chunk_table(sizes: NDArray[numpy.int64], length: int) -> NDArray[numpy.int64]:
+    """Return [chunks, 3]: tensor, first element and count, of tensors of ``sizes`` cut into pieces of ``length``."""
+    pieces = -(-sizes // length)
+    tensor = numpy.repeat(numpy.arange(len(sizes)), pieces)
+    start = (numpy.arange(len(tensor)) - numpy.repeat(numpy.cumsum(pieces) - pieces, pieces)) * length
+    return numpy.ascontiguousarray(numpy.stack([tensor, start, numpy.minimum(sizes[tensor] - start, length)], axis=1))
+
+
+class Bucket:
+    """Parameters that one launch updates, and its tables.
+
+    Args:
+        backend: name of the backend that runs it.
+        kind: what its kernel is compiled for.
+        members: the parameters.
+    """
+
+    def __init__(self, backend: str, kind: Kind, members: Sequence[Member]) -> None:
+        self.backend, self.kind = backend, kind
+        self.members = list(members)
+        self.parameters = [member.parameter for member in members]
+        self.states = [[member.tensor(name) for member in members] for name in kind.update.states]
+        self.groups = numpy.array([member.group for member in members], numpy.int64)
+        self.written = [*self.parameters, *(tensor for column in self.states for tensor in column)]
+        # A complex element is two numbers.
+        self.sizes = numpy.array([p.numel() * (2 if p.is_complex() else 1) for p in self.parameters], numpy.int64)
+        self.chunks = chunk_table(self.sizes, CHUNK)
+        self.addresses = numpy.empty((2 + len(self.states), len(self.members)), numpy.int64)
+        self.by_address = backend in BY_ADDRESS
+        self.written_addresses: list[int] = []
+        self._stand_ins: list[tuple[int, int]] = []
+        if self.by_address:
+            self._read_addresses()
+            self._stand_ins = self._find_stand_ins()
+        # One vector of step counts, which a single addition advances.
+        self.steps = torch.tensor([member.step for member in members], dtype=self._step_dtype())
+        self.step_views = list(self.steps.unbind())
+        self._rows: list[tuple[int, int]] | None = None
+        self._row_of_tensor: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
+
+    def _step_dtype(self) -> torch.dtype:
+        held = [member.state.get("step") for member in self.members]
+        if any(isinstance(step, Tensor) and step.dtype == torch.float64 for step in held):
+            return torch.float64
+        return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+    def _read_addresses(self) -> None:
+        self.written_addresses = list(map(Tensor.data_ptr, self.written))
+        count = len(self.members)
+        self.addresses[0] = self.written_addresses[:count]
+        self.addresses[1] = 0
+        for row in range(len(self.states)):
+            self.addresses[2 + row] = self.written_addresses[(1 + row) * count : (2 + row) * count]
+
+    def addresses_hold(self) -> bool:
+        """Whether parameters and states lie where they lay."""
+        return not self.by_address or list(map(Tensor.data_ptr, self.written)) == self.written_addresses
+
+    def _find_stand_ins(self) -> list[tuple[int, int]]:
+        # A kernel walks all arrays of a tensor by one offset. Where one of them is laid out otherwise than
+        # torch.empty_like(parameter), a dense copy in that layout stands in for it during the step.
+        found = []
+        for index, member in enumerate(self.members):
+            dense = torch.empty_like(member.parameter, device="meta")
+            arrays = (member.parameter, member.gradient, *(column[index] for column in self.states))
+            for row, tensor in enumerate(arrays):
+                if tensor is not None and not layout.same_layout(tensor, dense):
+                    found.append((row, index))
+        return found
+
+    def stand_in(self, launch: Launch) -> list[tuple[Tensor, Tensor, int, int]]:
+        """Put dense copies into the launch's addresses where layouts differ; return (original, copy, row, tensor)."""
+        pairs = []
+        for row, index in self._stand_ins:
+            original = self.parameters[index] if row == 0 else self.states[row - 2][index]
+            if row == 1:
+                gradient = launch.gradients[index]
+                if gradient is None:
+                    continue
+                original = gradient
+            if not launch.active[index]:
+                continue
+            copy = torch.empty_like(self.parameters[index], dtype=original.dtype).copy_(original)
+            launch.addresses[row, index] = copy.data_ptr()
+            pairs.append((original, copy, row, index))
+        return pairs
+
+    def give_back(self, pairs: Sequence[tuple[Tensor, Tensor, int, int]], unscaled: bool) -> None:
+        """Write what stood in for others back to them, for gradients if they were ``unscaled``."""
+        for original, copy, row, index in pairs:
+            if row != 1:
+                original.copy_(copy)
+            elif unscaled:
+                if layout.overlaps_itself(original):
+                    self.parameters[index].grad = copy  # an expanded gradient cannot hold it
+                else:
+                    original.copy_(copy)
+
+    def rows(self, active: NDArray[numpy.bool_]) -> tuple[list[tuple[int, int]], NDArray[numpy.int64]]:
+        """Return the distinct (group, tensor that represents it) of active tensors, and each tensor's index into them.
+
+        Tensors of a group that have taken equally many steps share a row of coefficients.
+        """
+        everyone = bool(active.all())
+        if self._rows is not None and everyone:
+            return self._rows, self._row_of_tensor
+        keys = numpy.stack([self.groups, self.steps.numpy().astype(numpy.int64)])[:, active]
+        _, first, inverse = numpy.unique(keys, axis=1, return_index=True, return_inverse=True)
+        representatives = numpy.flatnonzero(active)[first]
+        rows = [(int(self.groups[index]), int(index)) for index in representatives]
+        row_of_tensor = numpy.zeros(len(self.members), numpy.int64)
+        row_of_tensor[active] = inverse.reshape(-1)
+        # All advance together, so the rows stay what they are until some tensor rests.
+        self._rows, self._row_of_tensor = (rows, row_of_tensor) if everyone else (None, row_of_tensor)
+        return rows, row_of_tensor
