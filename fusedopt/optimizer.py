@@ -15,10 +15,10 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from fusedopt import checkpoints, paths
 from fusedopt.kernels import backends
-from fusedopt.kernels.plan import Hyperparameters, LossScale, Plan, waves
+from fusedopt.kernels.plan import Plan, waves
 from fusedopt.kernels.rule import Rule, Update, no_decay
 from fusedopt.kernels.rules import decoupled_decay, l2_decay
-from fusedopt.kernels.tables import Member
+from fusedopt.kernels.tables import Hyperparameters, LossScale, Member
 
 #: Options that choose an implementation. They are this optimizer's own, whatever checkpoint is loaded.
 IMPLEMENTATION_OPTIONS = ("fused", "foreach", "differentiable", "capturable")
@@ -70,6 +70,13 @@ def _same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
 
 def _number(value: Any) -> float:
     return float(value.item()) if isinstance(value, Tensor) else float(value)
+
+
+def _live_number(value: Any, group: dict[str, Any]) -> float | Tensor:
+    # A captured step reads a tensor of its device when it is replayed.
+    if isinstance(value, Tensor) and group.get("capturable") and value.device.type != "cpu":
+        return value
+    return _number(value)
 
 
 def decay_of(rule: Rule, decays: bool, decoupled: bool) -> Update:
@@ -213,7 +220,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _hyperparameters(self, updates: Sequence[Update]) -> list[Hyperparameters]:
         return [
             Hyperparameters(
-                tuple(_number(self._hyperparameter(group, name)) for name in update.hyperparameters),
+                tuple(_live_number(self._hyperparameter(group, name), group) for name in update.hyperparameters),
                 bool(group["maximize"]),
             )
             for group, update in zip(self.param_groups, updates, strict=True)
@@ -277,7 +284,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         # A state made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             new = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in missing}
-        return Member(parameter, index, gradient, group, step, self._counts_steps, state, new)
+        capturable = bool(self.param_groups[group].get("capturable"))
+        return Member(parameter, index, gradient, group, step, self._counts_steps, capturable, state, new)
 
     def _attach(self, plan: Plan, members: Sequence[Member]) -> None:
         for member in members:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -14,51 +14,10 @@ from torch import Tensor
 
 from fusedopt.kernels import backends, layout
 from fusedopt.kernels.rule import Update
-from fusedopt.kernels.tables import Bucket, Kind, Launch, Member, kind_of
+from fusedopt.kernels.tables import Bucket, Hyperparameters, Kind, Launch, LossScale, Member, kind_of
 
 #: Most patterns of missing gradients that a bucket remembers as checked.
 _PATTERNS = 16
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """The hyperparameters of one group at one step.
-
-    Args:
-        values: in the order of ``Update.hyperparameters``.
-        maximize: whether to climb.
-    """
-
-    values: tuple[float, ...]
-    maximize: bool = False
-
-
-@dataclass(frozen=True)
-class LossScale:
-    """What a gradient scaler asks of a step.
-
-    Args:
-        found_inf: one element; the step is left out where it is not zero. A scaler sums it over devices.
-        grad_scale: one element, which gradients are divided by first; None where they are unscaled already.
-    """
-
-    found_inf: Tensor | None
-    grad_scale: Tensor | None
-
-    def skips(self) -> bool:
-        """Whether the step is left out; waits for the device."""
-        return self.found_inf is not None and self.found_inf.item() != 0
-
-    def inverse(self) -> float | None:
-        """Return the inverse of the scale as torch's ``unscale_`` has it: in float64, rounded to float32; or None."""
-        return None if self.grad_scale is None else float(numpy.float32(1.0 / self.grad_scale.item()))
-
-    def unscale(self, gradients: Sequence[Tensor]) -> None:
-        """Multiply ``gradients`` by the inverse scale, in place."""
-        inverse = self.inverse()
-        if inverse is not None:
-            for gradient in gradients:
-                gradient.mul_(inverse)
 
 
 class _Part:
@@ -82,10 +41,20 @@ class _Part:
 
     def attach(self) -> None:
         """Complete the states of all members; their step counts become views of the bucket's."""
-        for member, view in zip(self.bucket.members, self.bucket.step_views, strict=True):
+        for member in self.bucket.members:
             member.attach()
-            if member.counted:
-                member.state["step"] = view
+        self._place_steps()
+
+    def _place_steps(self) -> None:
+        if self._counted:
+            for state, view in zip(self._state_dicts, self.bucket.step_views, strict=True):
+                state["step"] = view
+
+    def count_on_device(self) -> None:
+        """Have the device count steps, and compute coefficients, from now on."""
+        if not self.bucket.on_device:
+            self.bucket.count_on_device()
+            self._place_steps()
 
     def holds(self) -> bool:
         """Whether parameters and states are the tensors, of the kinds and in the places, that the bucket has noted."""
@@ -122,21 +91,31 @@ class _Part:
         return own
 
     def launch(
-        self, gradients: list[Tensor | None], hyperparameters: Sequence[Hyperparameters], inverse_scale: float | None
+        self,
+        gradients: list[Tensor | None],
+        hyperparameters: Sequence[Hyperparameters],
+        loss_scale: LossScale | None,
+        inverse_scale: float | None,
     ) -> Launch:
+        """Return what the backend needs for a step."""
         bucket = self.bucket
-        kind = bucket.kind if inverse_scale is None else replace(bucket.kind, unscale=True)
-        addresses = bucket.addresses
-        if all(gradient is not None for gradient in gradients):
-            active, chunks = self._all_active, bucket.chunks
-            addresses[1] = list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
-        else:
+        scaled = loss_scale is not None and loss_scale.grad_scale is not None
+        kind = replace(bucket.kind, unscale=True) if scaled else bucket.kind
+        active, chunks, addresses = self._all_active, bucket.chunks, bucket.addresses
+        if any(gradient is None for gradient in gradients):
             active = numpy.array([gradient is not None for gradient in gradients])
             chunks = numpy.ascontiguousarray(bucket.chunks[active[bucket.chunks[:, 0]]])
+        if bucket.by_address:
+            # Of its own, for stand-ins change it, and a late thread may still look at the last one.
+            addresses = addresses.copy()
             addresses[1] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-        rows, row_of_tensor = bucket.rows(active)
-        coefficients = coefficient_rows(bucket, kind, rows, hyperparameters, inverse_scale)
-        return Launch(kind, gradients, active, addresses, chunks, row_of_tensor, coefficients)
+        if bucket.on_device:
+            rows, coefficients = numpy.zeros(0, numpy.int64), None
+        else:
+            representatives, rows = bucket.rows(active)
+            coefficients = coefficient_rows(bucket, kind, representatives, hyperparameters, inverse_scale)
+            loss_scale = None
+        return Launch(kind, gradients, active, addresses, chunks, rows, coefficients, hyperparameters, loss_scale)
 
     def run(self, launch: Launch) -> None:
         bucket = self.bucket
@@ -144,7 +123,8 @@ class _Part:
         backends.run(bucket, launch)
         if stand_ins:
             bucket.give_back(stand_ins, launch.kind.unscale)
-        bucket.steps.add_(1 if launch.active is self._all_active else torch.from_numpy(launch.active))
+        if not bucket.on_device:
+            bucket.steps.add_(1 if launch.active is self._all_active else torch.from_numpy(launch.active))
         if bucket.by_address:
             torch.autograd.graph.increment_version(self._versioned)
             if launch.kind.unscale:
@@ -159,14 +139,14 @@ def coefficient_rows(
     inverse_scale: float | None,
 ) -> NDArray[Any]:
     """Return the coefficients of the (group, representative) ``rows``: computed in float64, rounded once."""
-    update = kind.update
+    update, counts = kind.update, bucket.steps.numpy()
     known: dict[tuple[Hyperparameters, float], tuple[float, ...]] = {}
     table = []
     for group, representative in rows:
-        step = float(bucket.steps[representative]) + 1.0
+        step = counts.item(representative) + 1.0
         key = (hyperparameters[group], step)
         if key not in known:
-            values = dict(zip(update.hyperparameters, key[0].values, strict=True))
+            values = dict(zip(update.hyperparameters, map(float, key[0].values), strict=True))
             scale = 1.0 if inverse_scale is None else inverse_scale
             known[key] = (scale, *update.coefficients(step, key[0].maximize, values))
         table.append(known[key])
@@ -190,10 +170,12 @@ class Plan:
             kind = kind_of(update, member)
             if kind is None:
                 raise TypeError(describe_dtypes(member, update))
-            sorted_members.setdefault((name, member.parameter.device, kind, member.counted), []).append(member)
+            sorted_members.setdefault(
+                (name, member.parameter.device, kind, member.counted, member.capturable), []
+            ).append(member)
         self.parts = [
             _Part(Bucket(name, kind, group))  # type: ignore[arg-type]
-            for (name, _, kind, _), group in sorted_members.items()
+            for (name, _, kind, *_), group in sorted_members.items()
         ]
         #: Where the members stand in the caller's lists.
         self.indices = {member.index for member in members}
@@ -232,13 +214,17 @@ class Plan:
             hyperparameters: by group.
             loss_scale: what a gradient scaler asks for (default: None).
         """
+        for part in self.parts:
+            # A host that reads what the scaler found would wait for the device.
+            if part.bucket.backend == "triton" and (loss_scale is not None or part.bucket.members[0].capturable):
+                part.count_on_device()
         inverse_scale = None
-        if loss_scale is not None:
+        if loss_scale is not None and not all(part.bucket.on_device for part in self.parts):
             if loss_scale.skips():
                 return
             inverse_scale = loss_scale.inverse()
         launches = [
-            part.launch(own, hyperparameters, inverse_scale) if any(g is not None for g in own) else None
+            part.launch(own, hyperparameters, loss_scale, inverse_scale) if any(g is not None for g in own) else None
             for part, own in zip(self.parts, gradients, strict=True)
         ]
         for part, launch in zip(self.parts, launches, strict=True):

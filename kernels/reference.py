@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from fusedopt.kernels.tables import Bucket, Launch
 
 
-def _run(bucket: Bucket, launch: Launch, names: dict[str, Any], to_arrays: Any, to_tensor: Any) -> None:
+def _run(bucket: Bucket, launch: Launch, names: dict[str, Any], to_array: Any, to_tensor: Any, to_scalars: Any) -> None:
     compute = launch.kind.compute.dtype
     for index, gradient in enumerate(launch.gradients):
         if gradient is None:
             continue
         written = [layout.real(column[index]) for column in (bucket.parameters, *bucket.states)]
         gradient = layout.real(gradient)
-        row = launch.coefficients[launch.row_of_tensor[index]]
-        p, g, *states = (to_arrays(tensor.to(compute)) for tensor in (written[0], gradient, *written[1:]))
-        inverse_scale, *coefficients = row if to_tensor is torch.from_numpy else row.tolist()
+        row = to_scalars(launch.coefficients[launch.row_of_tensor[index]])
+        p, g, *states = (to_array(tensor.detach().to(compute)) for tensor in (written[0], gradient, *written[1:]))
+        inverse_scale, *coefficients = row
         if launch.kind.unscale:
             g = inverse_scale * g
             _store(gradient, to_tensor(g), bucket.parameters[index])
@@ -44,9 +44,9 @@ def run_on_arrays(bucket: Bucket, launch: Launch) -> None:
     import numpy
 
     with numpy.errstate(all="ignore"):
-        _run(bucket, launch, kernel_math.ARRAYS, lambda t: t.detach().numpy(), torch.from_numpy)
+        _run(bucket, launch, kernel_math.ARRAYS, Tensor.numpy, lambda a: torch.from_numpy(numpy.asarray(a)), tuple)
 
 
 def run_on_tensors(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket`` by operations of torch, one tensor after the other."""
-    _run(bucket, launch, kernel_math.TENSORS, lambda t: t.detach(), lambda t: t)
+    _run(bucket, launch, kernel_math.TENSORS, lambda t: t, lambda t: t, lambda row: row.tolist())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,6 @@ from typing import Any
 
 from fusedopt.kernels import math as kernel_math
 from fusedopt.kernels import source
-
-
-@functools.cache
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
 
 
 def bind(function: Callable[..., Any], names: Mapping[str, Any]) -> Callable[..., Any]:
@@ -63,10 +57,10 @@ class Rule:
     def __post_init__(self) -> None:
         source.check(self.update, results=1 + len(self.states))
         expected = ("p", "g", *self.states)
-        if _names(self.update)[: len(expected)] != expected:
+        if source.parameters(self.update)[: len(expected)] != expected:
             raise source.RuleError(
                 f"the rule {self.update.__name__!r} must take {', '.join(expected)} first, as it declares the states "
-                f"{list(self.states)}, but takes {', '.join(_names(self.update))}: name each state that it needs in `states=`"
+                f"{list(self.states)}, but takes {', '.join(source.parameters(self.update))}: name each state that it needs in `states=`"
             )
 
 
@@ -110,12 +104,12 @@ class Update:
     @functools.cached_property
     def decay_names(self) -> tuple[str, ...]:
         """The names of the decay's coefficients."""
-        return _names(self.decay.update)[2:]
+        return source.parameters(self.decay.update)[2:]
 
     @functools.cached_property
     def rule_names(self) -> tuple[str, ...]:
         """The names of the rule's coefficients."""
-        return _names(self.rule.update)[2 + len(self.states) :]
+        return source.parameters(self.rule.update)[2 + len(self.states) :]
 
     @functools.cached_property
     def coefficient_count(self) -> int:
@@ -125,15 +119,15 @@ class Update:
     @functools.cached_property
     def hyperparameters(self) -> tuple[str, ...]:
         """The names of the hyperparameters that the coefficients are computed from."""
-        names = (*_names(self.decay.coefficients), *_names(self.rule.coefficients)[1:])
+        names = (*source.parameters(self.decay.coefficients), *source.parameters(self.rule.coefficients)[1:])
         return tuple(dict.fromkeys(names))
 
     def coefficients(self, step: float, maximize: bool, hyperparameters: Mapping[str, float]) -> tuple[float, ...]:
         """Return one row of coefficients in float64, for a parameter whose ``step``-th step this is."""
         decay, rule = self._scalar
         sign = -1.0 if maximize else 1.0
-        of_decay = decay(*(hyperparameters[name] for name in _names(self.decay.coefficients)))
-        of_rule = rule(step, *(hyperparameters[name] for name in _names(self.rule.coefficients)[1:]))
+        of_decay = decay(*(hyperparameters[name] for name in source.parameters(self.decay.coefficients)))
+        of_rule = rule(step, *(hyperparameters[name] for name in source.parameters(self.rule.coefficients)[1:]))
         return (sign, *of_decay, *of_rule)
 
     def apply(

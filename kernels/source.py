@@ -43,6 +43,12 @@ def tree(function: Callable[..., Any]) -> ast.FunctionDef:
     return ast.increment_lineno(node, first - 1)
 
 
+@functools.cache
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the arguments of ``function``."""
+    return tuple(argument.arg for argument in tree(function).args.args)
+
+
 def helpers(function: Callable[..., Any]) -> list[types.FunctionType]:
     """Return the functions of the user's own that ``function`` calls, those that they call included, callees first."""
     found: dict[str, types.FunctionType] = {}

@@ -48,6 +48,47 @@ class Kind:
         return f"{self.update.name}_{formats}{'_unscale' if self.unscale else ''}"
 
 
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The hyperparameters of one group at one step.
+
+    Args:
+        values: in the order of ``Update.hyperparameters``; a tensor only where the device computes coefficients.
+        maximize: whether to climb.
+    """
+
+    values: tuple[float | Tensor, ...]
+    maximize: bool = False
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """What a gradient scaler asks of a step.
+
+    Args:
+        found_inf: one element; the step is left out where it is not zero. A scaler sums it over devices.
+        grad_scale: one element, which gradients are divided by first; None where they are unscaled already.
+    """
+
+    found_inf: Tensor | None
+    grad_scale: Tensor | None
+
+    def skips(self) -> bool:
+        """Whether the step is left out; waits for the device."""
+        return self.found_inf is not None and self.found_inf.item() != 0
+
+    def inverse(self) -> float | None:
+        """Return the inverse of the scale as torch's ``unscale_`` has it: in float64, rounded to float32; or None."""
+        return None if self.grad_scale is None else float(numpy.float32(1.0 / self.grad_scale.item()))
+
+    def unscale(self, gradients: Sequence[Tensor]) -> None:
+        """Multiply ``gradients`` by the inverse scale, in place."""
+        inverse = self.inverse()
+        if inverse is not None:
+            for gradient in gradients:
+                gradient.mul_(inverse)
+
+
 @dataclass
 class Member:
     """One parameter of a bucket.
@@ -59,6 +100,7 @@ class Member:
         group: index of the group whose hyperparameters hold.
         step: how many steps the parameter has taken.
         counted: whether the count stands in ``state["step"]``.
+        capturable: whether the count must stand on the parameter's device.
         state: the parameter's state, by name; its tensors are written in place.
         new: parts of the state that :meth:`attach` adds to it.
     """
@@ -69,6 +111,7 @@ class Member:
     group: int
     step: float
     counted: bool
+    capturable: bool
     state: dict[str, Any]
     new: dict[str, Tensor]
 
@@ -94,7 +137,10 @@ class Launch:
         addresses: [2 + states, tensors], of parameters, gradients, states.
         chunks: [chunks, 3], of tensor, first element and length.
         row_of_tensor: [tensors], the row of coefficients of each.
-        coefficients: [rows, 1 + coefficients], in the dtype of the arithmetic; the inverse loss scale stands first.
+        coefficients: [rows, 1 + coefficients], in the dtype of the arithmetic; the inverse loss scale stands first. None
+            where the device computes them, from what follows.
+        hyperparameters: by group.
+        loss_scale: what a gradient scaler asks for, or None.
     """
 
     kind: Kind
@@ -103,7 +149,9 @@ class Launch:
     addresses: NDArray[numpy.int64]
     chunks: NDArray[numpy.int64]
     row_of_tensor: NDArray[numpy.int64]
-    coefficients: NDArray[Any]
+    coefficients: NDArray[Any] | None
+    hyperparameters: Sequence[Hyperparameters]
+    loss_scale: LossScale | None
 
 
 def kind_of(update: Update, member: Member, unscale: bool = False) -> Kind | None:
@@ -153,6 +201,10 @@ class Bucket:
         # One vector of step counts, which a single addition advances.
         self.steps = torch.tensor([member.step for member in members], dtype=self._step_dtype())
         self.step_views = list(self.steps.unbind())
+        #: Whether the device counts steps and computes coefficients by itself.
+        self.on_device = False
+        #: What the backend keeps for this bucket.
+        self.tables: Any = None
         self._rows: list[tuple[int, int]] | None = None
         self._row_of_tensor: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
 
@@ -185,6 +237,12 @@ class Bucket:
                 if tensor is not None and not layout.same_layout(tensor, dense):
                     found.append((row, index))
         return found
+
+    def count_on_device(self) -> None:
+        """Move the step counts to the device of the parameters, for good."""
+        self.steps = self.steps.to(self.parameters[0].device)
+        self.step_views = list(self.steps.unbind())
+        self.on_device = True
 
     def stand_in(self, launch: Launch) -> list[tuple[Tensor, Tensor, int, int]]:
         """Put dense copies into the launch's addresses where layouts differ; return (original, copy, row, tensor)."""

@@ -1,0 +1,58 @@
+"""What generated Triton kernels are made of: the functions that rules call, correctly rounded."""
+
+import triton
+import triton.language as tl
+
+# Plain names of triton.language are not enough: its interpreter patches the module's attributes, not what was taken from it.
+
+
+@triton.jit
+def sqrt_float32(x):  # type: ignore[no-untyped-def]
+    return tl.sqrt_rn(x)  # tl.sqrt is approximate in float32
+
+
+@triton.jit
+def sqrt_float64(x):  # type: ignore[no-untyped-def]
+    return tl.sqrt(x)  # and exact in float64, which sqrt_rn refuses
+
+
+@triton.jit
+def divide_float32(a, b):  # type: ignore[no-untyped-def]
+    return tl.div_rn(a, b)  # a / b is approximate in float32
+
+
+@triton.jit
+def divide_float64(a, b):  # type: ignore[no-untyped-def]
+    return a / b
+
+
+@triton.jit
+def absolute(x):  # type: ignore[no-untyped-def]
+    return tl.abs(x)
+
+
+@triton.jit
+def where(condition, a, b):  # type: ignore[no-untyped-def]
+    return tl.where(condition, a, b)
+
+
+@triton.jit
+def maximum(a, b):  # type: ignore[no-untyped-def]
+    return tl.where((a > b) | (a != a), a, b)  # tl.maximum drops NaN
+
+
+@triton.jit
+def nonzero(x):  # type: ignore[no-untyped-def]
+    return x != 0
+
+
+@triton.jit
+def power(base, exponent):  # type: ignore[no-untyped-def]
+    # The products of fusedopt.kernels.math.power, in its order.
+    remaining = exponent.to(tl.int64)
+    result = tl.full((), 1.0, tl.float64)
+    while remaining > 0:
+        result = tl.where((remaining & 1) == 1, result * base, result)
+        base = base * base
+        remaining = remaining >> 1
+    return result
