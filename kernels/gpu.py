@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 #: compiles to 48-64 registers without spills, so that enough programs are resident to keep the memory busy.
 BLOCK = 1024
 WARPS = 4
+# One tensor a thread of one warp, for the kernel that computes coefficients.
+_TENSORS_A_PROGRAM = 32
 
 # Contracting a product and a sum would change the bits; all backends round both.
 _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -87,25 +89,26 @@ from fusedopt.kernels.gpu_runtime import absolute, maximum, nonzero, power, sqrt
 
 @triton.jit
 def prepare(
-    steps, active, group_of_tensor, hyperparameters, coefficients, found_inf, grad_scale,
-    GUARDED: tl.constexpr, SCALED: tl.constexpr
+    steps, active, group_of_tensor, hyperparameters, coefficients, found_inf, grad_scale, tensors,
+    GUARDED: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    tensor = tl.program_id(0)
-    h = hyperparameters + tl.load(group_of_tensor + tensor) * {width}
-    taken = tl.load(active + tensor) != 0
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = tensor < tensors
+    h = hyperparameters + tl.load(group_of_tensor + tensor, mask=exists, other=0) * {width}
+    taken = tl.load(active + tensor, mask=exists, other=0)
     if GUARDED:
-        taken = taken & (tl.load(found_inf) == 0)
-    step = tl.load(steps + tensor).to(tl.float64) + 1.0
+        taken = tl.where(tl.load(found_inf) == 0, taken, 0)
+    step = tl.load(steps + tensor, mask=exists, other=0.0).to(tl.float64) + 1.0
     c_sign = tl.load(h)
     {hyperparameters}
     {calls}
-    c_inverse_scale = tl.full((), 1.0, tl.float64)
+    c_inverse_scale = step * 0.0 + 1.0
     if SCALED:
         # As torch's unscale_: the reciprocal in float64, rounded to float32.
         c_inverse_scale = (c_inverse_scale / tl.load(grad_scale).to(tl.float64)).to(tl.float32).to(tl.float64)
     row = coefficients + tensor * {row_length}
     {stores}
-    tl.store(steps + tensor, step.to(steps.dtype.element_ty), mask=taken)
+    tl.store(steps + tensor, step.to(steps.dtype.element_ty), mask=taken != 0)
 '''
 
 
@@ -184,7 +187,7 @@ def prepare_source(kind: Kind) -> str:
         calls=generate.indent(calls, 4),
         row_length=len(names),
         stores=generate.indent(
-            [f"tl.store(row + {i}, {name}.to(coefficients.dtype.element_ty))" for i, name in enumerate(names)], 4
+            [f"tl.store(row + {i}, {name}.to(coefficients.dtype.element_ty), mask=exists)" for i, name in enumerate(names)], 4
         ),
     )
 
@@ -301,7 +304,7 @@ def _prepare_on_device(bucket: Bucket, launch: Launch, tables: _Tables) -> tuple
     scale = launch.loss_scale
     found_inf = None if scale is None or scale.found_inf is None else scale.found_inf.to(tables.device)
     grad_scale = None if scale is None or scale.grad_scale is None else scale.grad_scale.to(tables.device)
-    _prepare_kernel(launch.kind).prepare[(count,)](
+    _prepare_kernel(launch.kind).prepare[(-(-count // _TENSORS_A_PROGRAM),)](
         bucket.steps,
         active,
         groups,
@@ -309,8 +312,10 @@ def _prepare_on_device(bucket: Bucket, launch: Launch, tables: _Tables) -> tuple
         tables.coefficients,
         tables.coefficients if found_inf is None else found_inf,
         tables.coefficients if grad_scale is None else grad_scale,
+        count,
         GUARDED=found_inf is not None,
         SCALED=grad_scale is not None,
+        BLOCK=_TENSORS_A_PROGRAM,
         num_warps=1,
         enable_fp_fusion=False,
     )

@@ -48,10 +48,10 @@ def nonzero(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def power(base, exponent):  # type: ignore[no-untyped-def]
-    # The products of fusedopt.kernels.math.power, in its order.
+    # The products of fusedopt.kernels.math.power, in its order, for a block of exponents.
     remaining = exponent.to(tl.int64)
-    result = tl.full((), 1.0, tl.float64)
-    while remaining > 0:
+    result = exponent * 0.0 + 1.0
+    while tl.max(remaining, axis=0) > 0:
         result = tl.where((remaining & 1) == 1, result * base, result)
         base = base * base
         remaining = remaining >> 1
