@@ -3,6 +3,7 @@
 What is not fused here is torch's own, under the same name.
 """
 
+import torch.optim
 from torch.optim import (
     ASGD,
     LBFGS,
@@ -25,3 +26,30 @@ from fusedopt.momentum import Momentum
 from fusedopt.sgd import SGD
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ASGD",
+    "LBFGS",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Momentum",
+    "NAdam",
+    "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SparseAdam",
+    "lr_scheduler",
+    "no_decay_groups",
+    "swa_utils",
+]
+
+# Newer parts of torch.optim, where this torch has them.
+for _name in ("Adafactor", "Muon", "swap_in_optimizer_params_and_state"):
+    if hasattr(torch.optim, _name):
+        globals()[_name] = getattr(torch.optim, _name)
+        __all__.append(_name)

@@ -48,9 +48,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fusedopt demo", description=__doc__.partition(": ")[2])
     parser.add_argument("--quick", action="store_true", help=f"train for {QUICK_EPOCHS} epochs instead of {EPOCHS}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if torch finds a GPU, else cpu")
-    parser.add_argument(
-        "--output", type=Path, default=Path("fusedopt-demo.png"), metavar="FILE", help="the picture (%(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("fusedopt-demo.png"), metavar="FILE", help="the picture (%(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -134,9 +132,7 @@ def _verdict(comparisons: Sequence["Comparison"]) -> list[str]:
     limit = f"{LARGEST_FLOAT64_DIFFERENCE:.0e}"
     wrong = [comparison for comparison in comparisons if not _agrees(comparison)]
     if not wrong:
-        return [
-            f"[green]float64 weights after {COMPARED_STEPS} steps are torch's: they differ by less than {limit}.[/]"
-        ]
+        return [f"[green]float64 weights after {COMPARED_STEPS} steps are torch's: they differ by less than {limit}.[/]"]
     return [
         f"[bold red]WRONG: with {comparison.recipe.title} float64 weights differ from torch's by "
         f"{comparison.float64_difference:.1e} after {COMPARED_STEPS} steps; less than {limit} is right.[/]"

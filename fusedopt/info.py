@@ -163,7 +163,7 @@ def _import_error(name: str) -> str | None:
 def _triton_remedy() -> str:
     if sys.platform != "linux":
         return "triton has no release for this system; GPUs are served by the rules on torch tensors"
-    return 'triton compiles the kernels for GPUs; it comes with builds of torch for CUDA, or: pip install "fusedopt[triton]"'
+    return 'triton compiles the kernels for GPUs; it comes with torch for CUDA, or: pip install "fusedopt[triton]"'
 
 
 def _serves(what: str, obstacle: str | None = None) -> str:

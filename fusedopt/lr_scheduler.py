@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import *  # noqa: F403
 from torch.optim.lr_scheduler import LRScheduler
@@ -34,6 +35,6 @@ class RobbinsMonroLR(LRScheduler):
         self.b = b
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:  # type: ignore[override]  # torch says float | Tensor
+    def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each group at ``last_epoch``."""
         return [base * self.b / (self.b + self.last_epoch) for base in self.base_lrs]

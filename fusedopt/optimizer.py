@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from fusedopt import checkpoints, paths
@@ -173,7 +174,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # --- the step ---------------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _step(self) -> None:
         loss_scale = self._loss_scale()
         groups = self.param_groups
@@ -293,9 +294,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state[member.parameter] = member.state
         plan.attach()
 
-    def _prepare(
-        self, parameters: list[Tensor], gradients: list[Tensor | None], updates: list[Update], key: object
-    ) -> _Prepared:
+    def _prepare(self, parameters: list[Tensor], gradients: list[Tensor | None], updates: list[Update], key: object) -> _Prepared:
         prepared = _Prepared(parameters, key)
         known = self._known(parameters, updates)
         members, names, index = [], [], 0

@@ -25,9 +25,7 @@ def _asked_for_torch(group: dict[str, Any], gradient: Tensor | None) -> str | No
     return None
 
 
-def choose(
-    optimizer: FusedOptimizer, parameter: Tensor, gradient: Tensor | None, group: dict[str, Any]
-) -> tuple[str, str]:
+def choose(optimizer: FusedOptimizer, parameter: Tensor, gradient: Tensor | None, group: dict[str, Any]) -> tuple[str, str]:
     """Return who updates ``parameter``, a backend's name or "torch", and why.
 
     Raises:
@@ -62,15 +60,11 @@ def check(index: int, parameter: Tensor, gradient: Tensor | None, group: dict[st
     what = f"parameter {index} (shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device})"
     if parameter.device.type == "meta":
         prefix = f"{_SUPPORTED}, but " if group["fused"] else ""
-        raise RuntimeError(
-            f"{prefix}{what} has no memory: call to_empty() and initialise it before the first step with a gradient"
-        )
+        raise RuntimeError(f"{prefix}{what} has no memory: call to_empty() and initialise it before the first step with a gradient")
     if path == "torch":
         return
     if not (parameter.is_floating_point() or parameter.is_complex()):
-        raise RuntimeError(
-            f"{_SUPPORTED}, but {what} is not floating point: convert it, or leave it out of the optimizer"
-        )
+        raise RuntimeError(f"{_SUPPORTED}, but {what} is not floating point: convert it, or leave it out of the optimizer")
     if group["fused"] and path == "tensor" and not backends.disabled():
         raise RuntimeError(
             f"{_SUPPORTED}, but no kernel can update {what}: {backends.choose(parameter, gradient)[1]}; construct the "

@@ -69,7 +69,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             lr,
             momentum,
             dampening,
-            weight_decay,  # type: ignore[arg-type]  # older releases of torch take only numbers
+            weight_decay,
             nesterov,
             maximize=maximize,
             foreach=foreach,

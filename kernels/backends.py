@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fusedopt.kernels import layout

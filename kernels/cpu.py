@@ -76,15 +76,12 @@ def kernel_source(kind: Kind) -> str:
         functions=generate.functions(update, "@njit(**JIT)"),
         open_arrays=generate.indent(
             [
-                f"{array}_array = carray(runtime.{form.name}_pointer("
-                f"addresses[{row}, tensor] + {form.itemsize} * start), count)"
+                f"{array}_array = carray(runtime.{form.name}_pointer(addresses[{row}, tensor] + {form.itemsize} * start), count)"
                 for row, (array, form) in enumerate(arrays)
             ],
             4,
         ),
-        coefficients=generate.indent(
-            [f"{name} = c[{i}]" for i, name in enumerate(generate.coefficient_names(update))], 4
-        ),
+        coefficients=generate.indent([f"{name} = c[{i}]" for i, name in enumerate(generate.coefficient_names(update))], 4),
         loads=generate.indent(loads, 8),
         element=generate.indent(generate.element(update), 8),
         stores=generate.indent([store(array, f"new_{array}", form.name) for array, form in arrays if array != "g"], 8),

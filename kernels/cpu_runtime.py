@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
 #: The options of every njit here. Numba hands a helper's options down from its first caller, so all must agree.
 #: Without error_model="numpy" a division checks for zero, and loops stay scalar; fastmath would cost the equal bits.
-JIT = {"error_model": "numpy", "fastmath": False, "boundscheck": False}
+JIT: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "boundscheck": False}
 
 # Indices into the progress array of one launch, a cache line apart.
 CLAIMED, DONE = 0, 8
 PROGRESS_LENGTH = 16
 
 
-def _pointer_maker(element):  # type: ignore[no-untyped-def]
+def _pointer_maker(element):
     @intrinsic
     def pointer(typing_context, address):
         def generate(context, builder, signature, arguments):
@@ -33,7 +35,7 @@ float16_pointer = bfloat16_pointer = _pointer_maker(types.uint16)
 
 
 @intrinsic
-def _from_float16(typing_context, bits):  # type: ignore[no-untyped-def]
+def _from_float16(typing_context, bits):
     def generate(context, builder, signature, arguments):
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
@@ -41,7 +43,7 @@ def _from_float16(typing_context, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _to_float16(typing_context, number):  # type: ignore[no-untyped-def]
+def _to_float16(typing_context, number):
     def generate(context, builder, signature, arguments):
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
 
@@ -49,7 +51,7 @@ def _to_float16(typing_context, number):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _from_bfloat16(typing_context, bits):  # type: ignore[no-untyped-def]
+def _from_bfloat16(typing_context, bits):
     def generate(context, builder, signature, arguments):
         word = ir.IntType(32)
         return builder.bitcast(builder.shl(builder.zext(arguments[0], word), word(16)), ir.FloatType())
@@ -58,7 +60,7 @@ def _from_bfloat16(typing_context, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _to_bfloat16(typing_context, number):  # type: ignore[no-untyped-def]
+def _to_bfloat16(typing_context, number):
     # In LLVM's words, because Numba widens sums of 32-bit integers to 64 bits. To nearest, ties to even; NaN stays NaN.
     def generate(context, builder, signature, arguments):
         word, half = ir.IntType(32), ir.IntType(16)
@@ -72,7 +74,7 @@ def _to_bfloat16(typing_context, number):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def fetch_add(typing_context, address, amount):  # type: ignore[no-untyped-def]
+def fetch_add(typing_context, address, amount):
     """Add to the 64-bit integer at ``address`` atomically; return what it was."""
 
     def generate(context, builder, signature, arguments):
@@ -83,7 +85,7 @@ def fetch_add(typing_context, address, amount):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def load_float32(array, i):  # type: ignore[no-untyped-def]
+def load_float32(array, i):
     return array[i]
 
 
@@ -91,17 +93,17 @@ load_float64 = load_float32
 
 
 @njit(**JIT)
-def load_float16(array, i):  # type: ignore[no-untyped-def]
+def load_float16(array, i):
     return _from_float16(array[i])
 
 
 @njit(**JIT)
-def load_bfloat16(array, i):  # type: ignore[no-untyped-def]
+def load_bfloat16(array, i):
     return _from_bfloat16(array[i])
 
 
 @njit(**JIT)
-def store_float32(array, i, number):  # type: ignore[no-untyped-def]
+def store_float32(array, i, number):
     array[i] = number
 
 
@@ -109,37 +111,37 @@ store_float64 = store_float32
 
 
 @njit(**JIT)
-def store_float16(array, i, number):  # type: ignore[no-untyped-def]
+def store_float16(array, i, number):
     array[i] = _to_float16(types.float32(number))
 
 
 @njit(**JIT)
-def store_bfloat16(array, i, number):  # type: ignore[no-untyped-def]
+def store_bfloat16(array, i, number):
     array[i] = _to_bfloat16(types.float32(number))
 
 
 @njit(**JIT)
-def absolute(x):  # type: ignore[no-untyped-def]
+def absolute(x):
     return abs(x)
 
 
 @njit(**JIT)
-def where(condition, a, b):  # type: ignore[no-untyped-def]
+def where(condition, a, b):
     return a if condition else b
 
 
 @njit(**JIT)
-def maximum(a, b):  # type: ignore[no-untyped-def]
+def maximum(a, b):
     return a if (a > b or a != a) else b
 
 
 @njit(**JIT)
-def nonzero(x):  # type: ignore[no-untyped-def]
+def nonzero(x):
     return x != 0
 
 
 @njit(nogil=True, cache=True, **JIT)
-def spin_until(progress, address, target, limit):  # type: ignore[no-untyped-def]
+def spin_until(progress, address, target, limit):
     """Wait until ``target`` chunks are done or ``limit`` looks were taken; return whether they are done."""
     for _ in range(limit):
         if fetch_add(address, 0) >= target:

@@ -11,9 +11,7 @@ from fusedopt.kernels.rule import Update
 def functions(update: Update, decorator: str, *, divide: bool = False) -> str:
     """Return the source of the update's decay and rule with all their helpers, each once, under ``decorator``."""
     texts = dict.fromkeys(
-        part
-        for function in (update.decay.update, update.rule.update)
-        for part in source.texts(function, decorator, divide=divide)
+        part for function in (update.decay.update, update.rule.update) for part in source.texts(function, decorator, divide=divide)
     )
     return "\n\n\n".join(texts)
 

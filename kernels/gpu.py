@@ -136,14 +136,10 @@ def kernel_source(kind: Kind) -> str:
         loads += ["g = c_inverse_scale * g", store("g", "g")]
     open_arrays = []
     for row, (array, form) in enumerate(arrays):
-        open_arrays.append(
-            f"{array}_at = tl.load(addresses + {row} * tensors + tensor).to(tl.pointer_type(tl.{form.name}))"
-        )
+        open_arrays.append(f"{array}_at = tl.load(addresses + {row} * tensors + tensor).to(tl.pointer_type(tl.{form.name}))")
         # The hint counts on the pointer, not on the integer; the widest array gets 16-byte accesses and the others what
         # the same layout leaves them, else layouts would be converted through shared memory.
-        open_arrays.append(
-            f"if ALIGNED:\n        {array}_at = tl.multiple_of({array}_at, {16 * form.itemsize // widest})"
-        )
+        open_arrays.append(f"if ALIGNED:\n        {array}_at = tl.multiple_of({array}_at, {16 * form.itemsize // widest})")
         open_arrays.append(f"{array}_at += first")
     return _TEMPLATE.format(
         title=kind.name,
@@ -181,13 +177,12 @@ def prepare_source(kind: Kind) -> str:
         runtime=_runtime(),
         functions="\n\n\n".join(functions),
         width=1 + len(update.hyperparameters),
-        hyperparameters=generate.indent(
-            [f"h_{name} = tl.load(h + {1 + i})" for i, name in enumerate(update.hyperparameters)], 4
-        ),
+        hyperparameters=generate.indent([f"h_{name} = tl.load(h + {1 + i})" for i, name in enumerate(update.hyperparameters)], 4),
         calls=generate.indent(calls, 4),
         row_length=len(names),
         stores=generate.indent(
-            [f"tl.store(row + {i}, {name}.to(coefficients.dtype.element_ty), mask=exists)" for i, name in enumerate(names)], 4
+            [f"tl.store(row + {i}, {name}.to(coefficients.dtype.element_ty), mask=exists)" for i, name in enumerate(names)],
+            4,
         ),
     )
 

@@ -70,9 +70,7 @@ TENSORS: dict[str, Callable[..., Any]] = {
     "sqrt": torch.sqrt,
     "absolute": torch.abs,
     # A condition on coefficients alone is a plain bool here.
-    "where": lambda condition, a, b: (
-        (a if condition else b) if isinstance(condition, bool) else torch.where(condition, a, b)
-    ),
+    "where": lambda condition, a, b: (a if condition else b) if isinstance(condition, bool) else torch.where(condition, a, b),
     "maximum": lambda a, b: torch.where((a > b) | (a != a), a, b),
     "nonzero": lambda x: x != 0,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +30,7 @@ class _Part:
         self._counted = bucket.members[0].counted
         self._metadata = layout.Metadata(bucket.written)
         self._gradient_patterns: dict[bytes, layout.Metadata] = {}
-        planned = [
-            torch.empty_like(m.parameter, device="meta") if m.gradient is None else m.gradient for m in bucket.members
-        ]
+        planned = [torch.empty_like(m.parameter, device="meta") if m.gradient is None else m.gradient for m in bucket.members]
         self._planned = [(tensor.dtype, tensor.layout, tensor.shape, tensor.stride()) for tensor in planned]
         self._all_active = numpy.ones(len(bucket.members), bool)
         # Kernels write past autograd's eyes; without this it would use what is no longer there. Tensors made in inference
@@ -63,9 +61,7 @@ class _Part:
             for name, column in zip(bucket.kind.update.states, bucket.states, strict=True):
                 if not all(map(operator.is_, map(operator.itemgetter(name), self._state_dicts), column)):
                     return False
-            if self._counted and not all(
-                map(operator.is_, map(operator.itemgetter("step"), self._state_dicts), bucket.step_views)
-            ):
+            if self._counted and not all(map(operator.is_, map(operator.itemgetter("step"), self._state_dicts), bucket.step_views)):
                 return False
         except KeyError:
             return False
@@ -170,9 +166,7 @@ class Plan:
             kind = kind_of(update, member)
             if kind is None:
                 raise TypeError(describe_dtypes(member, update))
-            sorted_members.setdefault(
-                (name, member.parameter.device, kind, member.counted, member.capturable), []
-            ).append(member)
+            sorted_members.setdefault((name, member.parameter.device, kind, member.counted, member.capturable), []).append(member)
         self.parts = [
             _Part(Bucket(name, kind, group))  # type: ignore[arg-type]
             for (name, _, kind, *_), group in sorted_members.items()
@@ -261,8 +255,6 @@ def waves(members: Sequence[Member]) -> list[list[Member]]:
         return [list(members)]
     wave_of: list[int] = []
     for index, (start, end) in enumerate(extents.tolist()):
-        touching = [
-            wave_of[earlier] for earlier in range(index) if start < extents[earlier, 1] and extents[earlier, 0] < end
-        ]
+        touching = [wave_of[earlier] for earlier in range(index) if start < extents[earlier, 1] and extents[earlier, 0] < end]
         wave_of.append(1 + max(touching, default=-1))
     return [[m for m, own in zip(members, wave_of, strict=True) if own == wave] for wave in range(max(wave_of) + 1)]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def _run(bucket: Bucket, launch: Launch, names: dict[str, Any], to_array: Any, to_tensor: Any, to_scalars: Any) -> None:
+    assert launch.coefficients is not None  # only Triton's buckets leave them to the device
     compute = launch.kind.compute.dtype
     for index, gradient in enumerate(launch.gradients):
         if gradient is None:

@@ -73,9 +73,7 @@ def check(function: Callable[..., Any], results: int | None = None) -> None:
         if isinstance(statement, ast.If | ast.For | ast.While):
             refuse(statement, "branches or loops", "use where(condition, a, b), or make each variant a rule of its own")
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-            refuse(
-                statement, f"has the statement `{ast.unparse(statement)}`", "use plain assignments `name = expression`"
-            )
+            refuse(statement, f"has the statement `{ast.unparse(statement)}`", "use plain assignments `name = expression`")
     if not body or not isinstance(body[-1], ast.Return):
         refuse(body[-1] if body else node, "does not end in `return`", "end with `return p, *states` written out")
     value = body[-1].value  # type: ignore[attr-defined]
@@ -108,9 +106,7 @@ def _check_expression(part: ast.AST, known: set[str], refuse: Callable[[ast.AST,
         if name not in (*RULE_NAMES, *known):
             refuse(part, f"calls `{name}`", f"call {', '.join(RULE_NAMES)}, or a helper function of the same module")
     elif isinstance(part, ast.Attribute | ast.Subscript | ast.Lambda | ast.Starred):
-        refuse(
-            part, f"uses `{ast.unparse(part)}`", "use names, + - * /, comparisons and the functions that rules may call"
-        )
+        refuse(part, f"uses `{ast.unparse(part)}`", "use names, + - * /, comparisons and the functions that rules may call")
 
 
 class _Divisions(ast.NodeTransformer):

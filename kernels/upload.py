@@ -24,7 +24,7 @@ class Slot:
 
     def split(self, lengths: list[int]) -> tuple[Tensor, ...]:
         """Return consecutive parts of the copy on the device."""
-        return self.on_device[: self.length].split(lengths)
+        return torch.split(self.on_device[: self.length], lengths)
 
     def in_use(self) -> None:
         """Note that work launched so far on the current stream reads this slot."""
@@ -40,7 +40,7 @@ class HostSlot:
         self._words = torch.from_numpy(words)
 
     def split(self, lengths: list[int]) -> tuple[Tensor, ...]:
-        return self._words.split(lengths)
+        return torch.split(self._words, lengths)
 
     def in_use(self) -> None:
         pass

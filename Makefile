@@ -1,0 +1,103 @@
+# On a machine with python3 (3.11 or newer, with its venv module), make and git:
+#
+#     make demo    train a network with torch.optim and with fusedopt, and compare
+#     make test    run all tests
+#
+# Both install what they need into .venv, in this folder, once; `make` alone names the other commands and the variables.
+
+# The torch build to install: a version, or the path of a wheel. Which build of a version pip finds (CPU or CUDA) follows
+# pip's own configuration and its environment variables (PIP_...), as with every package.
+TORCH ?= torch==2.13.0
+# For the tests, on Linux alone. A CUDA build of torch asks for one version of Triton: choose both together.
+TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.7.1)
+NEWEST_TRITON ?= triton==3.9.0
+# The interpreter that makes .venv.
+PYTHON ?= python3
+# Options for the command itself, as in: make test ARGS="-k adam"
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# The build of fusedopt itself takes the setuptools of .venv, which is pinned; pip would fetch the newest.
+INSTALL := $(PIP) --upgrade setuptools && $(PIP) --no-build-isolation '$(TORCH)' --editable
+DEFINITION := setup.py pyproject.toml constraints.txt
+CHOICES := $(PYTHON) $(TORCH) $(TRITON)
+
+.PHONY: help demo test test-newest-triton lint bench info clean always
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo                 train a real network with torch.optim and with fusedopt, and compare'
+	@echo 'make test                 run all tests'
+	@echo 'make test-newest-triton   run the tests of the Triton kernels with $(NEWEST_TRITON)'
+	@echo 'make lint                 check format, style and types'
+	@echo 'make bench                measure optimizers against torch.optim'
+	@echo 'make info                 print versions, backends, devices, and what is missing'
+	@echo 'make clean                remove .venv and all else that was made'
+	@echo
+	@echo 'Variables, as in: make test TORCH=torch==2.12.0 ARGS="-k adam"'
+	@echo '  TORCH    the torch build to install: a version or the path of a wheel   [$(TORCH)]'
+	@echo '  TRITON   for the tests; a CUDA build of torch asks for one version      [$(TRITON)]'
+	@echo '  PYTHON   the interpreter that makes .venv                               [$(PYTHON)]'
+	@echo '  ARGS     options for the command itself'
+	@echo 'Another TORCH, TRITON or PYTHON makes .venv anew; export a variable to have it hold for all commands.'
+
+demo: $(VENV)/demo
+	@$(RUN) -m fusedopt demo $(ARGS)
+
+test: $(VENV)/test
+	@$(RUN) -m pytest $(ARGS)
+
+test-newest-triton: $(VENV)/newest-triton
+	@PYTHONPATH=$(VENV)/newest-triton-packages $(RUN) -m pytest -m triton $(ARGS)
+
+lint: $(VENV)/lint
+	@$(RUN) -m ruff format --check --quiet
+	@$(RUN) -m ruff check --quiet
+	@$(RUN) -m mypy
+
+bench: $(VENV)/test
+	@$(RUN) -m bench --quick $(ARGS)
+
+info: $(VENV)/demo
+	@$(RUN) -m fusedopt info $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist fusedopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What .venv was made with; rewritten, and so newer than .venv, only when a choice changes.
+$(VENV)/choices: always
+	@mkdir -p $(VENV)
+	@echo '$(CHOICES)' | cmp -s - $@ || echo '$(CHOICES)' > $@
+
+$(VENV)/made: $(VENV)/choices
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'fusedopt needs Python 3.11 or newer: install it, or name one, as in: make test PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo 'The venv module of $(PYTHON) is missing; on Debian and Ubuntu: apt install python3-venv'; exit 1; }
+	@echo 'Making a virtual environment in $(VENV) ...'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo '$(CHOICES)' > $(VENV)/choices
+	@touch $@
+
+$(VENV)/demo: $(VENV)/made $(DEFINITION)
+	@echo 'Installing what the demo needs: $(TORCH), numba, scikit-learn, matplotlib, rich. Once; it takes minutes ...'
+	@$(INSTALL) '.[demo]'
+	@touch $@
+
+$(VENV)/test: $(VENV)/made $(DEFINITION)
+	@echo 'Installing what the tests need: $(TORCH), $(TRITON), numba, pytest and more. Once; it takes minutes ...'
+	@$(INSTALL) '.[test]' $(TRITON:%='%')
+	@touch $(VENV)/demo $@
+
+$(VENV)/lint: $(VENV)/test
+	@echo 'Installing ruff and mypy ...'
+	@$(INSTALL) '.[dev]'
+	@touch $@
+
+$(VENV)/newest-triton: $(VENV)/test
+	@echo 'Installing $(NEWEST_TRITON) beside $(TRITON) ...'
+	@$(PIP) --no-deps --upgrade --target $(VENV)/newest-triton-packages '$(NEWEST_TRITON)'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks, run from a checkout: ``python -m bench``, or ``pytest bench/test_step.py`` for single steps."""

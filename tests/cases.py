@@ -1,0 +1,124 @@
+"""The table of cases: one row for each optimizer and variant. Every general test runs over all of it.
+
+A new optimizer is one new row: our class, the class it must agree with, and its arguments.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+import fusedopt
+import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer with one choice of options, and what it is measured against."""
+
+    name: str
+    ours: type[torch.optim.Optimizer]
+    truth: type[torch.optim.Optimizer]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make_ours(self, params: Iterable, **overrides: Any) -> torch.optim.Optimizer:
+        """Our optimizer; its arguments are copied, so that a tensor `lr` is nobody else's."""
+        return self.ours(params, **copy.deepcopy({**self.kwargs, **overrides}))
+
+    def make_truth(self, params: Iterable, **overrides: Any) -> torch.optim.Optimizer:
+        """What ours must agree with: torch's for-loop, or the plain implementation in reference.py."""
+        for_loop = {name: False for name in ("foreach", "fused") if name in inspect.signature(self.truth).parameters}
+        return self.truth(params, **copy.deepcopy({**self.kwargs, **for_loop, **overrides}))
+
+
+def tensor_lr(value: float) -> torch.Tensor:
+    # torch computes lr / bias_correction in the dtype of a tensor lr: in float64 it costs no accuracy.
+    return torch.tensor(value, dtype=torch.float64)
+
+
+SGD = fusedopt.SGD, torch.optim.SGD
+DECOUPLED_SGD = fusedopt.SGD, reference.DecoupledSGD
+MOMENTUM = fusedopt.Momentum, reference.Momentum
+ADAM = fusedopt.Adam, torch.optim.Adam
+ADAMW = fusedopt.AdamW, torch.optim.AdamW
+
+CASES = [
+    Case("sgd", *SGD, {"lr": 0.1}),
+    Case("sgd-l2", *SGD, {"lr": 0.1, "weight_decay": 0.01}),
+    Case("sgd-maximize", *SGD, {"lr": 0.1, "weight_decay": 0.01, "maximize": True}),
+    Case("sgd-tensor-lr", *SGD, {"lr": tensor_lr(0.1)}),
+    Case("sgd-decoupled", *DECOUPLED_SGD, {"lr": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": True}),
+    Case("sgd-momentum", *SGD, {"lr": 0.1, "momentum": 0.9}),
+    Case("sgd-momentum-l2", *SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    Case("sgd-momentum-maximize", *SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "maximize": True}),
+    Case("sgd-momentum-tensor-lr", *SGD, {"lr": tensor_lr(0.1), "momentum": 0.9}),
+    Case(
+        "sgd-momentum-decoupled",
+        *DECOUPLED_SGD,
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": True},
+    ),
+    Case("sgd-dampening", *SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+    Case("sgd-nesterov", *SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    Case("sgd-nesterov-l2", *SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    Case(
+        "sgd-nesterov-decoupled",
+        *DECOUPLED_SGD,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "decoupled_weight_decay": True},
+    ),
+    Case("momentum", *MOMENTUM, {"lr": 0.1, "beta": 0.9}),
+    Case("momentum-decoupled", *MOMENTUM, {"lr": 0.1, "beta": 0.9, "weight_decay": 0.01}),
+    Case("momentum-l2", *MOMENTUM, {"lr": 0.1, "beta": 0.9, "weight_decay": 0.01, "decoupled_weight_decay": False}),
+    Case("momentum-maximize", *MOMENTUM, {"lr": 0.1, "beta": 0.9, "weight_decay": 0.01, "maximize": True}),
+    Case("adam", *ADAM, {"lr": 0.01}),
+    Case("adam-l2", *ADAM, {"lr": 0.01, "weight_decay": 0.01}),
+    Case("adam-amsgrad", *ADAM, {"lr": 0.01, "amsgrad": True}),
+    Case("adam-amsgrad-l2", *ADAM, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.01}),
+    Case("adam-maximize", *ADAM, {"lr": 0.01, "weight_decay": 0.01, "maximize": True}),
+    Case("adam-tensor-lr", *ADAM, {"lr": tensor_lr(0.01)}),
+    Case("adamw", *ADAMW, {"lr": 0.01, "weight_decay": 0.1}),
+    Case("adamw-amsgrad", *ADAMW, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
+    Case("adamw-maximize", *ADAMW, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    Case("adamw-tensor-lr", *ADAMW, {"lr": tensor_lr(0.01), "weight_decay": 0.1}),
+]
+
+# Hyperparameters that may be drawn at random, or changed between two steps, with their range.
+RANGES = {
+    "lr": (1e-4, 0.5),
+    "momentum": (0.05, 0.99),
+    "dampening": (0.0, 0.9),
+    "beta": (0.0, 0.99),
+    "weight_decay": (0.0, 0.5),
+    "eps": (1e-10, 1e-2),
+}
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def named(name: str) -> Case:
+    """The row of this name."""
+    return next(case for case in CASES if case.name == name)
+
+
+def make_parameters(shapes: Sequence[int | tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list:
+    """Standard normal parameters of these shapes, from torch's seeded generator."""
+    return [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def copies(params: Iterable[torch.Tensor], dtype: torch.dtype | None = None) -> list:
+    """Contiguous parameters of equal values that share no memory with `params`."""
+    return [torch.nn.Parameter(p.detach().to(dtype or p.dtype, copy=True, memory_format=torch.contiguous_format)) for p in params]
+
+
+def draw_gradients(*parameter_lists: Sequence[torch.Tensor]) -> None:
+    """Give the k-th parameter of every list the same standard normal gradient (in its own dtype)."""
+    for params in zip(*parameter_lists, strict=True):
+        values = torch.randn(params[0].shape, dtype=torch.float64).to(params[0].dtype)
+        for p in params:
+            p.grad = values.to(p.dtype, copy=True)

@@ -1,0 +1,72 @@
+"""What every test runs under: Triton's interpreter without a GPU, poisoned memory, fixed seeds, reasons for skips."""
+
+import importlib.util
+import os
+import random
+import sys
+
+import pytest
+import torch
+
+# Triton reads this once, when it is imported, so it has to stand before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+LIBRARY = "fusedopt"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "unpoisoned: leaves torch.empty alone, for tests in which torch.compile traces it")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device is here")
+    if item.get_closest_marker("triton"):
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("Triton is not installed: pip install triton (Linux), or fusedopt's extra [triton]")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            import triton_interpreter
+
+            triton_interpreter.correct()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request, monkeypatch):
+    """Memory that the library asks for uninitialised holds NaN: whoever reads it before writing it is found out."""
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
+    monkeypatch.setattr(torch, "empty_strided", poisoning(torch.empty_strided))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+
+
+def poisoning(make):
+    def poisoned(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.split(".")[0] == LIBRARY and tensor.device.type != "meta":
+            with torch.no_grad():
+                tensor.fill_(poison(tensor.dtype))
+        return tensor
+
+    return poisoned
+
+
+def poison(dtype):
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+@pytest.fixture
+def device():
+    """Where Triton's kernels are tried: the GPU, or CPU tensors in the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,31 @@
+"""Every program in examples/ runs to its end without a warning, and does what its text says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import child
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+RUN = """
+    import runpy, sys
+    runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def learns_the_digits(printed):
+    accuracies = [float(percent) for percent in re.findall(r"test accuracy ([\d.]+)%", printed)]
+    assert len(accuracies) == 10
+    assert accuracies[-1] > 90
+    # One line of explain() for each parameter, weights and biases of three layers.
+    assert len(re.findall(r"\b(?:numba|triton)\b", printed)) == 6
+
+
+CHECKS = {"train_digits.py": learns_the_digits}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example(name):
+    assert name in CHECKS, f"examples/{name}: say in CHECKS what it has to print"
+    CHECKS[name](child.output(RUN, str(EXAMPLES / name)))

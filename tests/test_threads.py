@@ -1,0 +1,323 @@
+"""Threads: as many as torch has, nothing of the process changed, safe beside other threads, forks and busy cores."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+import fusedopt
+from cases import copies, draw_gradients, each_case, make_parameters, named
+from child import output
+from snapshot import same_bits
+
+#: Enough for every thread to get chunks of its own.
+LARGE = 600_001
+
+
+@pytest.fixture
+def torch_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def working_threads(optimizer):
+    """Return how many threads step by step come to compute: those with processor time used during some steps."""
+    # The clock of a thread that waits stands still.
+    clocks = {thread.ident: time.pthread_getcpuclockid(thread.ident) for thread in threading.enumerate()}
+    before = {ident: time.clock_gettime(clock) for ident, clock in clocks.items()}
+    for _ in range(20):
+        optimizer.step()
+    return sum(time.clock_gettime(clock) - before[ident] > 1e-3 for ident, clock in clocks.items())
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+@each_case
+def test_results_do_not_depend_on_the_number_of_threads(case, threads, torch_threads):
+    params = make_parameters([(LARGE,), (33,), (70_000,)])
+    others = copies(params)
+    alone, many = case.make_ours(params), case.make_ours(others)
+    for _ in range(2):
+        draw_gradients(params, others)
+        torch_threads(1)
+        alone.step()
+        torch_threads(threads)
+        many.step()
+    assert all(map(same_bits, params, others))
+    for p, q in zip(params, others, strict=True):
+        assert all(same_bits(alone.state[p][key], many.state[q][key]) for key in alone.state[p])
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="this system has no processor clocks of threads")
+def test_number_of_threads_follows_torch(torch_threads):
+    params = make_parameters([(4_000_000,)])
+    optimizer = fusedopt.AdamW(params)
+    draw_gradients(params)
+    torch_threads(2)
+    optimizer.step()
+    own = {thread for thread in threading.enumerate() if thread.name.startswith("fusedopt")}
+    assert own
+    assert all(thread.daemon for thread in own)
+    assert working_threads(optimizer) == 2
+    torch_threads(1)
+    assert working_threads(optimizer) == 1
+    torch_threads(2)
+    assert working_threads(optimizer) == 2
+    assert {thread for thread in threading.enumerate() if thread.name.startswith("fusedopt")} == own
+
+
+def test_nothing_of_the_process_is_changed():
+    program = """
+        import locale, os, signal, sys, threading, warnings
+        import numba
+        import numpy
+        import torch
+
+        def settings():
+            configuration = {key: value for key, value in vars(numba.config).items() if key.isupper()}
+            return {
+                "torch threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+                "numba threads": numba.get_num_threads(),
+                "numba configuration": configuration,
+                "environment": dict(os.environ),
+                "default dtype": torch.get_default_dtype(),
+                "gradients": torch.is_grad_enabled(),
+                "deterministic": torch.are_deterministic_algorithms_enabled(),
+                "denormals": (torch.tensor([1e-310], dtype=torch.float64) * 1).item(),
+                "float32 denormals": (torch.tensor([1e-40]) * 1).item(),
+                "random numbers": torch.random.get_rng_state().tolist(),
+                "numpy random numbers": str(numpy.random.get_state()),
+                "numpy errors": numpy.geterr(),
+                "switch interval": sys.getswitchinterval(),
+                "recursion limit": sys.getrecursionlimit(),
+                "warnings": list(warnings.filters),
+                "directory": os.getcwd(),
+                "umask": (lambda mask: os.umask(mask) or mask)(os.umask(0o22)),
+                "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
+                "path": list(sys.path),
+                "hooks": (sys.excepthook, threading.excepthook, sys.gettrace(), sys.getprofile()),
+                "affinity": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
+                "locale": locale.setlocale(locale.LC_ALL),
+            }
+
+        before = settings()
+        import fusedopt
+        for name in ("SGD", "Momentum", "Adam", "AdamW"):
+            for dtype in (torch.float32, torch.bfloat16):
+                param = torch.nn.Parameter(torch.ones(600_000, dtype=dtype))
+                param.grad = torch.ones_like(param)
+                optimizer = getattr(fusedopt, name)([param], lr=0.1)
+                for _ in range(3):
+                    optimizer.step()
+        after = settings()
+        for key, value in before.items():
+            if value != after[key]:
+                sys.exit(f"{key}: {value} became {after[key]}")
+        try:
+            numba.threading_layer()
+        except ValueError:
+            print("unchanged")  # Numba has not started threads of its own
+    """
+    assert output(program).strip() == "unchanged"
+
+
+def test_two_threads_step_two_optimizers_at_once():
+    """Large and small, new plans and old ones, in turns: the same bits as one after the other."""
+
+    def train(results, name, barrier=None):
+        generator = torch.Generator().manual_seed(name)
+        case = named(("adamw", "sgd-momentum-l2", "adam-amsgrad", "momentum")[name])
+        for size in (200_000, 33, 150_000, 1000):
+            params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (size, 7, size // 3)]
+            optimizer = case.make_ours(params)
+            if barrier is not None:
+                barrier.wait()
+            for _ in range(12):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator)
+                optimizer.step()
+            results.setdefault(name, []).extend(p.detach() for p in params)
+
+    serial, parallel = {}, {}
+    for name in range(4):
+        train(serial, name)
+    barrier = threading.Barrier(4)
+    errors = []
+
+    def guarded(name):
+        try:
+            train(parallel, name, barrier)
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    workers = [threading.Thread(target=guarded, args=(name,)) for name in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not errors
+    for name, expected in serial.items():
+        assert all(map(same_bits, parallel[name], expected))
+
+
+def test_first_steps_at_once_in_many_threads():
+    """Kernels are compiled, loaded and looked up by threads that come at the same moment, on an empty cache."""
+    program = """
+        import threading
+        import torch
+        import fusedopt
+        results, barrier = {}, threading.Barrier(6)
+
+        def train(number):
+            param = torch.nn.Parameter(torch.linspace(-1, 1, 1000))
+            param.grad = torch.linspace(1, 3, 1000)
+            optimizer = (fusedopt.AdamW if number % 2 else fusedopt.SGD)([param], lr=0.1)
+            barrier.wait()
+            optimizer.step()
+            results[number] = param.detach()
+
+        threads = [threading.Thread(target=train, args=(number,)) for number in range(6)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert all(torch.equal(results[number], results[number % 2]) for number in range(6))
+        assert not torch.equal(results[0], results[1])
+        print("done")
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as empty:
+        assert output(program, FUSEDOPT_CACHE_DIR=empty).strip() == "done"
+
+
+FORKS = """
+    import os, sys
+    import torch
+    import fusedopt
+
+    def train(steps=3):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n)) for n in (400_000, 33)]
+        optimizer = fusedopt.AdamW(params, lr=0.1)
+        for _ in range(steps):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        return torch.cat([p.detach() for p in params])
+
+    torch.set_num_threads(2)
+    expected = train()  # the pool's threads are here, and will not be in the child
+"""
+
+
+def test_a_forked_child_steps_and_ends_cleanly():
+    # torch's own OpenMP threads do not survive a fork either, so the child gets gradients that need none.
+    program = (
+        FORKS
+        + """
+    statuses = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(2)
+            values = expected.clone()
+            param = torch.nn.Parameter(values)
+            param.grad = expected
+            optimizer = fusedopt.AdamW([param], lr=0.1)
+            optimizer.step()
+            fusedopt.Adam([param], lr=0.1, amsgrad=True).step()  # a kernel that the parent has not loaded
+            sys.exit(7 if param.isfinite().all() and not torch.equal(param, expected) else 1)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        assert torch.equal(train(), expected)
+    print(statuses)
+    """
+    )
+    # A folder that cannot be made: kernels go to a temporary one, which the child's end must leave alone.
+    assert output(program, FUSEDOPT_CACHE_DIR="/dev/null/none").strip() == "[7, 7, 7]"
+
+
+def test_data_loader_workers_after_a_step():
+    program = (
+        FORKS
+        + """
+    import warnings
+    from torch.utils.data import DataLoader, Dataset
+
+    class Stepping(Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            param = torch.nn.Parameter(torch.full((200_000,), float(index)))
+            param.grad = torch.ones(200_000)
+            fusedopt.SGD([param], lr=0.5).step()
+            return param.detach()[:2].clone()
+
+    for batch, loaded in enumerate(DataLoader(Stepping(), batch_size=2, num_workers=2)):
+        assert torch.equal(loaded[:, 0], torch.tensor([2.0 * batch, 2.0 * batch + 1]) - 0.5), loaded
+        assert torch.equal(train(), expected)
+    print("done")
+    """
+    )
+    assert output(program).strip() == "done"
+
+
+def test_busy_cores_beside_us():
+    """With every core taken by others a step still ends, and is right."""
+    program = (
+        FORKS
+        + """
+    import multiprocessing, time
+
+    def spin(stop):
+        while not stop.is_set():
+            sum(range(1000))
+
+    if __name__ == "__main__":
+        context = multiprocessing.get_context("fork")
+        stop = context.Event()
+        others = [context.Process(target=spin, args=(stop,), daemon=True) for _ in range(2 * os.cpu_count())]
+        [other.start() for other in others]
+        for _ in range(5):
+            assert torch.equal(train(), expected)
+        stop.set()
+        [other.join() for other in others]
+        print("done")
+    """
+    )
+    assert output(program).strip() == "done"
+
+
+def test_a_process_ends_while_threads_sleep_or_step():
+    """No thread of the pool keeps the interpreter from ending, nor crashes it, not even in the middle of a step."""
+    program = (
+        FORKS
+        + """
+    import threading
+    def forever():
+        while True:
+            train()
+    threading.Thread(target=forever, daemon=True).start()
+    train()
+    print("end", flush=True)
+    """
+    )
+    assert output(program).strip() == "end"
+
+
+def test_hooks_and_closures_may_step_other_optimizers():
+    """A step within a step, of the same pool."""
+    inner_params, outer_params = make_parameters([(LARGE,)]), make_parameters([(LARGE,)])
+    inner, outer = fusedopt.SGD(inner_params, lr=0.1), fusedopt.AdamW(outer_params, lr=0.1)
+    draw_gradients(inner_params)
+    draw_gradients(outer_params)
+    before = inner_params[0].detach().clone()
+    outer.step(lambda: inner.step())
+    outer.register_step_post_hook(lambda *_: inner.step())
+    outer.step()
+    expected = before - torch.tensor(0.1) * inner_params[0].grad
+    expected = expected - torch.tensor(0.1) * inner_params[0].grad
+    assert torch.equal(inner_params[0], expected)
