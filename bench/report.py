@@ -21,8 +21,8 @@ from .measure import ALLOWED_ULPS, Result, Spread
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 EXPLANATION = (
-    "float32 on the CPU; a whole `optimizer.step()`. torch / ours: ratio of the times, above 1 where fusedopt is faster; "
-    "median of interleaved rounds, quartiles in brackets. Moved gradients: the same ratio where each step finds its "
+    "float32 on the CPU; a whole `optimizer.step()`. torch / ours: ratio of the times, above 1 where fusedopt is "
+    "faster; median of interleaved rounds, quartiles in brackets. Moved gradients: the same ratio where each step finds its "
     "gradients at new addresses, as after `zero_grad()`."
 )
 

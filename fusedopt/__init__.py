@@ -16,10 +16,9 @@ from torch.optim import (
     RMSprop,
     Rprop,
     SparseAdam,
-    swa_utils,
 )
 
-from fusedopt import lr_scheduler
+from fusedopt import lr_scheduler, swa_utils
 from fusedopt.adam import Adam, AdamW
 from fusedopt.groups import no_decay_groups
 from fusedopt.momentum import Momentum

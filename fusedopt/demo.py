@@ -1,6 +1,7 @@
 """`python -m fusedopt demo`: train a network with torch.optim and with fusedopt, and compare results and times."""
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fusedopt.kernels.source import cache_directory
+from fusedopt.optimizer import FusedOptimizer
 
 try:
     from rich.console import Console
@@ -27,7 +29,6 @@ LARGEST_FLOAT64_DIFFERENCE = 1e-10
 EPOCHS = 20
 QUICK_EPOCHS = 5
 STEPS_PER_REFRESH = 10
-BACKENDS = ("triton", "numba", "tensor", "torch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,18 +37,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, obstacle = _choose_device(options.device)
     if MISSING is not None:
         obstacle = f'{MISSING} is not installed, and the demo needs it: pip install "fusedopt[demo]"'
+    elif options.threads < 1:
+        obstacle = f"--threads {options.threads}: one thread is the least"
     elif not options.output.absolute().parent.is_dir():
         obstacle = f"--output {options.output}: there is no folder {options.output.absolute().parent}: make it first"
     if obstacle is not None:
         print(f"fusedopt demo: {obstacle}", file=sys.stderr)
         return 2
-    return _run(device, QUICK_EPOCHS if options.quick else EPOCHS, options.output)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        return _run(device, QUICK_EPOCHS if options.quick else EPOCHS, options.output)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fusedopt demo", description=__doc__.partition(": ")[2])
     parser.add_argument("--quick", action="store_true", help=f"train for {QUICK_EPOCHS} epochs instead of {EPOCHS}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if torch finds a GPU, else cpu")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch, on the CPU (%(default)s: so small a network gains nothing by more)"
+    )
     parser.add_argument("--output", type=Path, default=Path("fusedopt-demo.png"), metavar="FILE", help="the picture (%(default)s)")
     return parser.parse_args(arguments)
 
@@ -92,15 +103,17 @@ def _run(device: torch.device, epochs: int, output: Path) -> int:
 def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"GPU ({torch.cuda.get_device_name(device)})"
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _kernels(comparisons: Sequence["Comparison"]) -> str:
     """Say how many parameters fusedopt updated by which backend, from `optimizer.explain()`."""
     found = []
     for comparison in comparisons:
-        lines = comparison.runs[OURS].optimizer.explain().splitlines()
-        counts = Counter(path for line in lines for path in BACKENDS if path in line.split())
+        optimizer = comparison.runs[OURS].optimizer
+        assert isinstance(optimizer, FusedOptimizer)
+        counts = Counter(re.findall(r"-> (\w+)", optimizer.explain()))
         found.append(", ".join(f"{path} for {count} parameters" for path, count in counts.items()))
     return "; ".join(dict.fromkeys(found))
 

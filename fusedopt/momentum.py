@@ -72,7 +72,7 @@ class Momentum(FusedOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _torch_lacks(self, group: dict[str, Any]) -> str | None:
+    def _torch_lacks(self, group: dict[str, Any]) -> str | None:  # noqa: ARG002  # of any group
         return "torch has no optimizer of this form"
 
     def _update(self, group: dict[str, Any], decays: bool) -> Update:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -69,6 +70,14 @@ def _same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
+def _levels_to_caller() -> int:
+    """Return the ``stacklevel`` at which ``warnings.warn``, called by the caller, names the line outside of torch and us."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level + 1
+
+
 def _number(value: Any) -> float:
     return float(value.item()) if isinstance(value, Tensor) else float(value)
 
@@ -111,7 +120,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return the update of ``group``; ``decays`` tells whether any group has a weight decay."""
         raise NotImplementedError
 
-    def _torch_lacks(self, group: dict[str, Any]) -> str | None:
+    def _torch_lacks(self, group: dict[str, Any]) -> str | None:  # noqa: ARG002  # for subclasses
         """Return which option of ``group`` torch's own implementation does not know, or None."""
         return None
 
@@ -278,15 +287,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return ``parameter`` with its state, missing parts made anew but not yet put into ``self.state``."""
         state: dict[str, Any] = self.state.get(parameter) or {}
         missing = [name for name in update.states if not isinstance(state.get(name), Tensor)]
-        if self._counts_steps:
-            step = _number(state.get("step", 0.0))
-        else:  # the rule's only question is whether this is the first
-            step = 1.0 if update.states and not missing else 0.0
+        # A rule that keeps no count has but one question: whether this is its first step.
+        taken = state.get("step", 0.0) if self._counts_steps else bool(update.states) and not missing
         # A state made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             new = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in missing}
         capturable = bool(self.param_groups[group].get("capturable"))
-        return Member(parameter, index, gradient, group, step, self._counts_steps, capturable, state, new)
+        return Member(parameter, index, gradient, group, _number(taken), self._counts_steps, capturable, state, new)
 
     def _attach(self, plan: Plan, members: Sequence[Member]) -> None:
         for member in members:
@@ -340,13 +347,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         return known
 
     def _warn(self, reason: str) -> None:
-        if reason not in self._warned and not backends.disabled():
+        if reason not in self._warned and backends.state() == (None, False):
             self._warned = self._warned | {reason}
             warnings.warn(
                 f"{type(self).__name__} runs by operations of torch, unfused, where {reason}; explain() tells for which "
                 "parameters, fused=False asks for torch's own implementation",
                 UserWarning,
-                stacklevel=7,
+                stacklevel=_levels_to_caller(),
             )
 
     def explain(self) -> str:

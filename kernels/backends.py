@@ -97,7 +97,7 @@ def run(bucket: Bucket, launch: Launch) -> None:
     if bucket.backend == "numba":
         from fusedopt.kernels import cpu
 
-        cpu.run(bucket, launch)
+        cpu.run(launch)
     elif bucket.backend == "triton":
         from fusedopt.kernels import gpu
 

@@ -11,7 +11,7 @@ import torch
 from fusedopt.kernels import generate, source
 
 if TYPE_CHECKING:
-    from fusedopt.kernels.tables import Bucket, Kind, Launch
+    from fusedopt.kernels.tables import Kind, Launch
 
 # Top to bottom: the rule, a chunk of one tensor, the claims of chunks. The loop over elements stands in a function of its
 # own: written into the one that claims chunks, it does not vectorise.
@@ -99,8 +99,8 @@ def prepare(kind: Kind) -> None:
     _kernel(kind)
 
 
-def run(bucket: Bucket, launch: Launch) -> None:
-    """Update the active tensors of ``bucket`` in place."""
+def run(launch: Launch) -> None:
+    """Update the active tensors of a launch in place."""
     from fusedopt.kernels import threads
 
     arguments: tuple[Any, ...] = (launch.addresses, launch.chunks, launch.row_of_tensor, launch.coefficients)

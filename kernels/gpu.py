@@ -257,7 +257,7 @@ def run(bucket: Bucket, launch: Launch) -> None:
             slot = tables.ring.upload(numpy.concatenate([part.reshape(-1) for part in parts]))
             addresses, rows, numbers = slot.split([part.size for part in parts])
             coefficients = numbers.view(bucket.kind.compute.dtype)
-        found_inf = launch.loss_scale.found_inf if launch.loss_scale is not None else None
+        found_inf = None if launch.loss_scale is None else _on(tables.device, launch.loss_scale.found_inf)
         for aligned, chunks in tables.chunks(bucket, launch):
             _kernel(launch.kind).run[(len(chunks),)](
                 addresses,
@@ -265,7 +265,7 @@ def run(bucket: Bucket, launch: Launch) -> None:
                 chunks,
                 rows,
                 coefficients,
-                coefficients if found_inf is None else found_inf.to(tables.device),
+                coefficients if found_inf is None else found_inf,
                 len(bucket.members),
                 ALIGNED=aligned,
                 GUARDED=found_inf is not None,
@@ -273,6 +273,12 @@ def run(bucket: Bucket, launch: Launch) -> None:
                 **_OPTIONS,
             )
         slot.in_use()
+
+
+def _on(device: torch.device, value: Tensor | float | None) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.to(device, non_blocking=True)
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _prepare_on_device(bucket: Bucket, launch: Launch, tables: _Tables) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -297,8 +303,8 @@ def _prepare_on_device(bucket: Bucket, launch: Launch, tables: _Tables) -> tuple
         # On the stream, so that a captured graph reads what the tensor holds when it is replayed.
         hyperparameters[group * table.shape[1] + column].copy_(value.reshape(()))
     scale = launch.loss_scale
-    found_inf = None if scale is None or scale.found_inf is None else scale.found_inf.to(tables.device)
-    grad_scale = None if scale is None or scale.grad_scale is None else scale.grad_scale.to(tables.device)
+    found_inf = None if scale is None else _on(tables.device, scale.found_inf)
+    grad_scale = None if scale is None else _on(tables.device, scale.grad_scale)
     _prepare_kernel(launch.kind).prepare[(-(-count // _TENSORS_A_PROGRAM),)](
         bucket.steps,
         active,

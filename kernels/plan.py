@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedopt.kernels import backends, layout
 from fusedopt.kernels.rule import Update
-from fusedopt.kernels.tables import Bucket, Hyperparameters, Kind, Launch, LossScale, Member, kind_of
+from fusedopt.kernels.tables import BY_ADDRESS, Bucket, Hyperparameters, Kind, Launch, LossScale, Member, kind_of
 
 #: Most patterns of missing gradients that a bucket remembers as checked.
 _PATTERNS = 16
@@ -39,9 +39,9 @@ class _Part:
 
     def attach(self) -> None:
         """Complete the states of all members; their step counts become views of the bucket's."""
+        self._place_steps()  # first, as in torch's states
         for member in self.bucket.members:
             member.attach()
-        self._place_steps()
 
     def _place_steps(self) -> None:
         if self._counted:
@@ -105,6 +105,7 @@ class _Part:
             # Of its own, for stand-ins change it, and a late thread may still look at the last one.
             addresses = addresses.copy()
             addresses[1] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+            self._check_gradients(gradients, addresses, active)
         if bucket.on_device:
             rows, coefficients = numpy.zeros(0, numpy.int64), None
         else:
@@ -112,6 +113,21 @@ class _Part:
             coefficients = coefficient_rows(bucket, kind, representatives, hyperparameters, inverse_scale)
             loss_scale = None
         return Launch(kind, gradients, active, addresses, chunks, rows, coefficients, hyperparameters, loss_scale)
+
+    def _check_gradients(
+        self, gradients: list[Tensor | None], addresses: NDArray[numpy.int64], active: NDArray[numpy.bool_]
+    ) -> None:
+        """Raise for gradients without memory; put copies in place of those that lie across their parameter."""
+        bucket = self.bucket
+        for index in numpy.flatnonzero((addresses[1] == 0) & active & (bucket.sizes > 0)):
+            raise RuntimeError(f"the gradient of parameter {self.indices[index]} has no memory: its storage was freed")
+        # Written element by element, a step would read there what it has already changed.
+        distance = addresses[1] - addresses[0]
+        for index in numpy.flatnonzero((distance != 0) & (abs(distance) < bucket.bytes) & active):
+            gradient = gradients[index]
+            assert gradient is not None
+            gradients[index] = gradient.clone()
+            addresses[1, index] = gradients[index].data_ptr()  # type: ignore[union-attr]
 
     def run(self, launch: Launch) -> None:
         bucket = self.bucket
@@ -163,6 +179,9 @@ class Plan:
         sorted_members: dict[tuple[object, ...], list[Member]] = {}
         for member, name in zip(members, names, strict=True):
             update = updates[member.group]
+            _check_states(member, update)
+            if name in BY_ADDRESS:
+                _check_memory(member, update)
             kind = kind_of(update, member)
             if kind is None:
                 raise TypeError(describe_dtypes(member, update))
@@ -227,6 +246,36 @@ class Plan:
         for part, launch in zip(self.parts, launches, strict=True):
             if launch is not None:
                 part.run(launch)
+
+
+def _check_states(member: Member, update: Update) -> None:
+    parameter = member.parameter
+    for name in update.states:
+        state = member.tensor(name)
+        if state.shape != parameter.shape or state.device != parameter.device or state.layout != torch.strided:
+            raise RuntimeError(
+                f"the state {name!r} of parameter {member.index} has shape {tuple(state.shape)} on {state.device} "
+                f"({state.layout}), but the parameter has shape {tuple(parameter.shape)} on {parameter.device}: load a "
+                "checkpoint of the same model, or delete this parameter's state"
+            )
+        if layout.overlaps_itself(state):
+            raise RuntimeError(
+                f"the state {name!r} of parameter {member.index} has strides {state.stride()}, so that elements share "
+                "memory: replace it by a clone"
+            )
+
+
+def _check_memory(member: Member, update: Update) -> None:
+    tensors = {"parameter": member.parameter, "gradient of parameter": member.gradient}
+    tensors |= {f"state {name!r} of parameter": member.tensor(name) for name in update.states}
+    for what, tensor in tensors.items():
+        if tensor is not None and layout.is_plain_memory(tensor) and tensor.numel() > 0:
+            end = layout.extent(tensor)[1] - tensor.untyped_storage().data_ptr()
+            if tensor.data_ptr() == 0 or end > tensor.untyped_storage().nbytes():
+                raise RuntimeError(
+                    f"the {what} {member.index}, of shape {tuple(tensor.shape)}, has no memory: its storage was freed or made "
+                    "smaller; restore it before the step"
+                )
 
 
 def describe_dtypes(member: Member, update: Update) -> str:

@@ -60,7 +60,8 @@ class Rule:
         if source.parameters(self.update)[: len(expected)] != expected:
             raise source.RuleError(
                 f"the rule {self.update.__name__!r} must take {', '.join(expected)} first, as it declares the states "
-                f"{list(self.states)}, but takes {', '.join(source.parameters(self.update))}: name each state that it needs in `states=`"
+                f"{list(self.states)}, but takes {', '.join(source.parameters(self.update))}: name each state that it needs "
+                "in `states=`"
             )
 
 

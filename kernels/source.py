@@ -194,7 +194,7 @@ def load(name: str, content: str) -> types.ModuleType:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=stem, suffix=".tmp")
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(content)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

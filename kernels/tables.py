@@ -66,20 +66,21 @@ class LossScale:
     """What a gradient scaler asks of a step.
 
     Args:
-        found_inf: one element; the step is left out where it is not zero. A scaler sums it over devices.
-        grad_scale: one element, which gradients are divided by first; None where they are unscaled already.
+        found_inf: one number, in a tensor or not; the step is left out where it is not zero. A scaler sums it over devices,
+            and the sum over none is a plain 0.
+        grad_scale: one number, which gradients are divided by first; None where they are unscaled already.
     """
 
-    found_inf: Tensor | None
-    grad_scale: Tensor | None
+    found_inf: Tensor | float | None
+    grad_scale: Tensor | float | None
 
     def skips(self) -> bool:
         """Whether the step is left out; waits for the device."""
-        return self.found_inf is not None and self.found_inf.item() != 0
+        return self.found_inf is not None and float(self.found_inf) != 0
 
     def inverse(self) -> float | None:
         """Return the inverse of the scale as torch's ``unscale_`` has it: in float64, rounded to float32; or None."""
-        return None if self.grad_scale is None else float(numpy.float32(1.0 / self.grad_scale.item()))
+        return None if self.grad_scale is None else float(numpy.float32(1.0 / float(self.grad_scale)))
 
     def unscale(self, gradients: Sequence[Tensor]) -> None:
         """Multiply ``gradients`` by the inverse scale, in place."""
@@ -190,6 +191,7 @@ class Bucket:
         self.written = [*self.parameters, *(tensor for column in self.states for tensor in column)]
         # A complex element is two numbers.
         self.sizes = numpy.array([p.numel() * (2 if p.is_complex() else 1) for p in self.parameters], numpy.int64)
+        self.bytes = numpy.array([p.numel() * p.element_size() for p in self.parameters], numpy.int64)
         self.chunks = chunk_table(self.sizes, CHUNK)
         self.addresses = numpy.empty((2 + len(self.states), len(self.members)), numpy.int64)
         self.by_address = backend in BY_ADDRESS

@@ -40,10 +40,11 @@ class HostSlot:
         self._words = torch.from_numpy(words)
 
     def split(self, lengths: list[int]) -> tuple[Tensor, ...]:
+        """Return consecutive parts."""
         return torch.split(self._words, lengths)
 
     def in_use(self) -> None:
-        pass
+        """Do nothing: the host's own work is done when the call returns."""
 
 
 class Ring:

@@ -1,6 +1,6 @@
 """One step of ours beside the same step of the reference in float64, within the tolerance of tolerances.py."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,13 +9,15 @@ import torch
 import tolerances
 from cases import Case
 
-# Rounded to the type of the arithmetic; every other hyperparameter takes part in float64 alone.
+# Hyperparameters that are rounded to the type of the arithmetic; the others take part in float64 alone.
 ROUNDED = ("lr", "weight_decay")
+# Those of which one minus them is taken, whose rounding matters more where they are small.
+WEIGHTS = ("betas", "beta", "momentum", "dampening")
 
 
 @dataclass
 class Inputs:
-    """What the step of one parameter starts from, in float64: its numbers, and its group's hyperparameters."""
+    """What a step starts from, in float64: the numbers of a parameter, and its group's hyperparameters."""
 
     parameter: torch.Tensor
     gradient: torch.Tensor
@@ -25,10 +27,25 @@ class Inputs:
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, group: dict, p: torch.Tensor) -> "Inputs":
         """Read what `optimizer` knows of `p`; step counts keep their type."""
-        state = {
-            key: value.detach().clone() if key == "step" else exact(value) for key, value in optimizer.state.get(p, {}).items()
-        }
+        state = {key: as_it_is(value) if key == "step" else exact(value) for key, value in optimizer.state.get(p, {}).items()}
         return cls(exact(p), exact(p.grad), state, {key: value for key, value in group.items() if key != "params"})
+
+    @classmethod
+    def joined(cls, parts: list["Inputs"]) -> "Inputs":
+        """One long parameter for many: an element's step depends on no other element, and one step takes less time."""
+        first = parts[0]
+        state = {
+            key: value if key == "step" else torch.cat([part.state[key].flatten() for part in parts])
+            for key, value in first.state.items()
+        }
+        parameter = torch.cat([part.parameter.flatten() for part in parts])
+        gradient = torch.cat([part.gradient.flatten() for part in parts])
+        return cls(parameter, gradient, state, first.hyperparameters)
+
+
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy."""
+    return tensor.detach().clone()
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,66 +73,50 @@ def true_step(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
 
 def disturbed(inputs: Inputs, dtype: torch.dtype, sign: int) -> Iterator[Inputs]:
     """Yield `inputs` with one tensor or number after the other made slightly larger (smaller if `sign` is -1)."""
-    factor = 1 + sign * tolerances.relative_tolerance(dtype)
-    factor64 = 1 + sign * tolerances.relative_tolerance(torch.float64)
-    yield replace(inputs, parameter=inputs.parameter * factor)
-    yield replace(inputs, gradient=inputs.gradient * factor)
+    size, size64 = (sign * tolerances.relative_tolerance(each) for each in (dtype, torch.float64))
+    yield replace(inputs, parameter=inputs.parameter * (1 + size))
+    yield replace(inputs, gradient=inputs.gradient * (1 + size))
     for key, value in inputs.state.items():
         if key != "step":
-            yield replace(inputs, state={**inputs.state, key: value * factor})
+            yield replace(inputs, state={**inputs.state, key: value * (1 + size)})
     for key, value in inputs.hyperparameters.items():
-        for changed in scaled(value, factor if key in ROUNDED else factor64):
-            yield replace(inputs, hyperparameters={**inputs.hyperparameters, key: changed})
-        # 1 - beta is rounded, too, and matters more where beta is small.
-        for changed in scaled_complement(value, factor64):
+        factor, addend = (1, size64) if key in WEIGHTS else (1 + (size if key in ROUNDED else size64), 0)
+        for changed in numbers_moved(value, factor, addend):
             yield replace(inputs, hyperparameters={**inputs.hyperparameters, key: changed})
 
 
-def scaled(value: Any, factor: float) -> list:
-    """The hyperparameter `value` times `factor`: once for each number that it holds, and never for flags and zeros."""
-    return changes_of_one(value, lambda number: number * factor)
-
-
-def scaled_complement(value: Any, factor: float) -> list:
-    """`value` with one minus it times `factor`, for each number in it that is a weight between 0 and 1."""
-    return changes_of_one(value, lambda number: 1 - (1 - number) * factor if 0 < number < 1 else number)
-
-
-def changes_of_one(value: Any, change: Callable[[Any], Any]) -> list:
-    """`value` with one of the numbers that it holds changed, for each that is not zero."""
+def numbers_moved(value: Any, factor: float, addend: float) -> list:
+    """`value` with one of the numbers in it times `factor` plus `addend`, for each of them but flags and zeros."""
     if isinstance(value, tuple):
-        return [(*value[:i], new, *value[i + 1 :]) for i, each in enumerate(value) for new in changes_of_one(each, change)]
+        moved = [(i, new) for i, each in enumerate(value) for new in numbers_moved(each, factor, addend)]
+        return [(*value[:i], new, *value[i + 1 :]) for i, new in moved]
     is_number = isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
-    return [change(value)] if is_number and value != 0 else []
+    return [value * factor + addend] if is_number and value != 0 else []
 
 
-def allowed_errors(case: Case, inputs: Inputs, dtype: torch.dtype, stored: dict[str, torch.dtype]):
-    """The true results, and how far from each ours may be."""
+def true_step_and_errors(case: Case, inputs: Inputs, dtype: torch.dtype):
+    """The true results for parameters of `dtype`, and how far from each the arithmetic of a correct step may lead."""
     truth = true_step(case, inputs)
     names = truth.keys() - {"step"}
-    allowed = {name: truth[name].abs() * tolerances.relative_tolerance(dtype) for name in names}
+    errors = {name: truth[name].abs() * tolerances.relative_tolerance(dtype) for name in names}
     for larger, smaller in zip(disturbed(inputs, dtype, 1), disturbed(inputs, dtype, -1), strict=True):
         above, below = true_step(case, larger), true_step(case, smaller)
         for name in names:
-            allowed[name] += torch.maximum((above[name] - truth[name]).abs(), (below[name] - truth[name]).abs())
-    for name in names:
-        reach = truth[name].abs() + allowed[name]
-        allowed[name] += tolerances.storage_tolerance(reach, stored[name], tolerances.computed_in(dtype))
-    return truth, allowed
+            errors[name] += torch.maximum((above[name] - truth[name]).abs(), (below[name] - truth[name]).abs())
+    return truth, errors
 
 
-def assert_close(what: str, ours: torch.Tensor, truth: torch.Tensor, allowed: torch.Tensor) -> None:
-    """Fail, naming the worst element, if one of `ours` is further from the truth than `allowed`."""
-    assert ours.shape == truth.shape, f"{what}: {ours.shape} where {truth.shape} is right"
-    error = (exact(ours) - truth).abs()
+def assert_close(what: str, ours: torch.Tensor, truth: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> None:
+    """Fail, naming the worst element, if one of `ours` is further from the truth than its arithmetic and storage may lead."""
+    allowed = error + tolerances.storage_tolerance(truth.abs() + error, ours.dtype, tolerances.computed_in(dtype))
+    found = exact(ours)
     # The second alternative is for infinities and NaN, also those that the true result becomes when it is stored.
     rounded = truth.to(ours.dtype)
-    same = (exact(ours) == rounded.double()) | (exact(ours).isnan() & rounded.isnan())
-    wrong = ~((error <= allowed) | same)
+    wrong = ~(((found - truth).abs() <= allowed) | (ours == rounded) | (ours.isnan() & rounded.isnan()))
     if wrong.any():
-        excess = torch.where(wrong, (error / allowed).nan_to_num(nan=torch.inf), 0.0)
+        excess = torch.where(wrong, ((found - truth).abs() / allowed).nan_to_num(nan=torch.inf), 0.0)
         worst = int(excess.flatten().argmax())
-        value, right = float(exact(ours).flatten()[worst]), float(truth.flatten()[worst])
+        value, right = float(found.flatten()[worst]), float(truth.flatten()[worst])
         ulps = tolerances.in_ulps(abs(value - right), right, ours.dtype)
         raise AssertionError(
             f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are wrong; the worst, at {worst}, is {value!r} "
@@ -125,18 +126,26 @@ def assert_close(what: str, ours: torch.Tensor, truth: torch.Tensor, allowed: to
 
 def checked_step(case: Case, optimizer: torch.optim.Optimizer) -> None:
     """Step `optimizer`, and see that it makes of every parameter and state what the reference makes of the same."""
-    before = [
-        (p, Inputs.of(optimizer, group, p)) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
+    # Those that step alike are checked together.
+    alike: dict[tuple, list[tuple[torch.Tensor, Inputs]]] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if p.grad is not None:
+                inputs = Inputs.of(optimizer, group, p)
+                key = (number, p.dtype, float(inputs.state.get("step", 0)), *sorted(inputs.state))
+                alike.setdefault(key, []).append((p, inputs))
     optimizer.step()
-    for index, (p, inputs) in enumerate(before):
-        ours = outputs(optimizer, p)
-        stored = {name: value.dtype for name, value in ours.items()}
-        truth, allowed = allowed_errors(case, inputs, p.dtype, stored)
-        assert ours.keys() == truth.keys(), f"states {sorted(ours)} where {sorted(truth)} are right"
+    for (_, dtype, *_), members in alike.items():
+        truth, errors = true_step_and_errors(case, Inputs.joined([inputs for _, inputs in members]), dtype)
+        sizes = [p.numel() for p, _ in members]
         for name, right in truth.items():
-            what = f"{case}, parameter {index} of shape {tuple(p.shape)} and {p.dtype}, its {name}"
             if name == "step":
-                assert float(ours[name]) == float(right), f"{what}: {float(ours[name])}, not {float(right)}"
-            else:
-                assert_close(what, ours[name], right, allowed[name])
+                assert all(float(optimizer.state[p]["step"]) == float(right) for p, _ in members), "wrong step counts"
+                continue
+            parts = zip(members, right.split(sizes), errors[name].split(sizes), strict=True)
+            for (p, _), true_part, error in parts:
+                ours = outputs(optimizer, p)
+                assert ours.keys() == truth.keys(), f"states {sorted(ours)} where {sorted(truth)} are right"
+                assert ours[name].shape == p.shape
+                what = f"{case}, {name} of a parameter of shape {tuple(p.shape)} and {dtype}"
+                assert_close(what, ours[name].cpu(), true_part.view(p.shape), error.view(p.shape), dtype)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import each_case, named
-from single_step import checked_step, outputs
-from test_against_torch import FLOATS, MIXTURES, mixture_name, short
 
+from cases import each_case, named
 from fusedopt.kernels import backends
 from fusedopt.kernels.tables import CHUNK
+from single_step import checked_step, outputs
+from test_against_torch import FLOATS, MIXTURES, mixture_name, short
 
 STEPS = 2
 # The interpreter takes milliseconds for a program, so there are few; the last is not aligned.

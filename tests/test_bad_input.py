@@ -68,7 +68,7 @@ def test_gradient_of_another_shape(case, shape, steps):
 
 @cases
 def test_parameter_swapped_for_another_shape_than_its_states(case):
-    params = make_parameters([(33,), (4,)])
+    params = [*make_parameters([(33,)], torch.float64), *make_parameters([(4,)])]  # the good one in a bucket of its own
     optimizer = case.make_ours(params)
     draw_gradients(params)
     checked_step(case, optimizer)
@@ -305,7 +305,7 @@ def test_fused_error_comes_before_any_change(name, steps):
 @pytest.mark.parametrize("name", ["sgd-momentum", "momentum", "adam", "adamw-amsgrad"])
 def test_state_that_does_not_fit(name, state):
     case = named(name)
-    params = make_parameters([(33,), (4,)])
+    params = [*make_parameters([(33,)], torch.float64), *make_parameters([(4,)])]  # the good one in a bucket of its own
     optimizer = case.make_ours(params)
     draw_gradients(params)
     checked_step(case, optimizer)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+
 from bench import __main__ as command
 from bench.cases import Case, Contest, Subject, contests
 from bench.first_step import CHECKOUT, FirstStep, measure_first_step

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
+
 from cases import draw_gradients, each_case, make_parameters, named
+from fusedopt.kernels import backends
 from layouts import LAYOUTS, READ_LAYOUTS, is_untouched
 from single_step import checked_step, outputs
 from snapshot import same_bits
-
-from fusedopt.kernels import backends
 
 # Neither channels nor columns are one, so that transposed, channels_last and contiguous tensors all differ.
 SHAPE = (3, 4, 1, 5)

@@ -122,13 +122,18 @@ def test_special_gradients(case, backend):
 @each_case
 def test_infinite_and_nan_gradients_do_what_they_do_in_torch(case):
     """By single steps from equal numbers, in float64, where no intermediate result overflows on one side only."""
-    gradients = torch.tensor([0.0, 1.0, -2.0, torch.inf, -torch.inf, torch.nan, 1e-300, 1e-200], dtype=torch.float64)
-    param = torch.nn.Parameter(torch.linspace(-2, 2, 64, dtype=torch.float64))
+    special = torch.tensor([0.0, 1.0, -2.0, torch.inf, -torch.inf, torch.nan, 1e-300, 1e-200], dtype=torch.float64)
+    param = torch.nn.Parameter(torch.linspace(-2, 2, 67, dtype=torch.float64))
     optimizer = case.make_ours([param])
-    for step in range(3):
-        # Each gradient comes beside each, and after each, of the others.
-        param.grad = gradients.repeat(8) if step % 2 else gradients.repeat_interleave(8)
-        checked_step(case, optimizer)
+    draw_gradients([param])
+    checked_step(case, optimizer)
+    param.grad = special.repeat(9)[:67]
+    checked_step(case, optimizer)
+    finite = param.isfinite()
+    assert torch.equal(finite, param.grad.isfinite())
+    draw_gradients([param])
+    optimizer.step()
+    assert torch.equal(param.isfinite(), finite)
 
 
 def test_amsgrad_keeps_nan():

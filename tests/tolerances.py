@@ -7,7 +7,8 @@ is the exact one for inputs that are a few roundings off. So the tolerance is ho
 
 - the parameter, the gradient, each state, the learning rate and the weight decay, one at a time, are made larger and
   smaller by ROUNDINGS unit roundoffs (half ulps) of the type that is computed in;
-- the other hyperparameters likewise, but by unit roundoffs of float64: 1 - beta is to be computed in float64, always;
+- the other hyperparameters likewise, but by unit roundoffs of float64, and betas by those of one: 1 - beta is to be
+  computed in float64, always;
 - and the result by as much once more, plus half an ulp of the type in which it is stored, if that is a shorter one.
 """
 

@@ -21,7 +21,7 @@ WARM_UP_STEPS = 10
 """First steps left out of the times: there kernels are compiled and states are allocated."""
 
 LOOP, FOREACH, FUSED, OURS = "torch loop", "torch foreach", "torch fused", "fusedopt"
-TORCH_OPTIONS: dict[str, dict[str, bool]] = {
+TORCH_OPTIONS: dict[str, dict[str, Any]] = {
     LOOP: {"foreach": False, "fused": False},
     FOREACH: {"foreach": True},
     FUSED: {"fused": True},
@@ -38,9 +38,9 @@ class Recipe:
 
     def make(self, implementation: str, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Build the optimizer over `parameters` as `implementation` has it."""
-        package, options = (fusedopt, {}) if implementation == OURS else (torch.optim, TORCH_OPTIONS[implementation])
+        package = fusedopt if implementation == OURS else torch.optim
         optimizer_class: type[torch.optim.Optimizer] = getattr(package, self.class_name)
-        return optimizer_class(parameters, **self.arguments, **options)
+        return optimizer_class(parameters, **self.arguments, **TORCH_OPTIONS.get(implementation, {}))
 
 
 RECIPES = (
