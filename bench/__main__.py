@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -30,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     machine = Machine.here()
     console.print(str(machine), highlight=False)
+    if machine.busy:
+        console.print(
+            f"[bold yellow]Other programs are running (load {machine.load:.1f}): what they take from whom, ratios show too. "
+            "Better measure when nothing else runs.[/]",
+            highlight=False,
+        )
     cases = [case for case in CASES if not options.case or case.name in options.case]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     results, first_steps = [], []
@@ -78,8 +85,10 @@ def _table(rows: Sequence[Sequence[str]]) -> Table:
     """Lay out `rows` for a terminal; those with the same first cell stand under it as their heading."""
     (_, *heading), *body = rows
     table = Table(box=box.HORIZONTALS, pad_edge=False, collapse_padding=True)
-    for title in heading:
-        table.add_column(title, justify="right")
+    for index, title in enumerate(heading):
+        # Headings wrap, cells do not.
+        widest = max(map(len, [*(row[1 + index] for row in body), *title.split()]))
+        table.add_column(textwrap.fill(title, widest), justify="right" if index else "left", no_wrap=True)
     for name, group in itertools.groupby(body, key=itemgetter(0)):
         table.add_section()
         table.add_row(f"[bold]{name}")

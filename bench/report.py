@@ -40,6 +40,7 @@ class Machine:
     numba: str
     fusedopt: str
     date: str
+    load: float | None
 
     @classmethod
     def here(cls) -> Machine:
@@ -53,7 +54,13 @@ class Machine:
             numba=importlib.metadata.version("numba"),
             fusedopt=fusedopt.__version__,
             date=datetime.date.today().isoformat(),
+            load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         )
+
+    @property
+    def busy(self) -> bool:
+        """Whether other programs kept a third of a core or more in the minute before."""
+        return self.load is not None and self.load > 0.3
 
     def __str__(self) -> str:
         return (
@@ -130,4 +137,7 @@ def _milliseconds(spread: Spread | None) -> str:
 
 
 def _ratio(spread: Spread | None) -> str:
-    return f"{spread.median:.2f} ({spread.lower_quartile:.2f}-{spread.upper_quartile:.2f})" if spread else ""
+    if spread is None:
+        return ""
+    numbers = (spread.median, spread.lower_quartile, spread.upper_quartile)
+    return "{} ({}-{})".format(*(f"{number:.2f}" if number < 10 else f"{number:.1f}" for number in numbers))

@@ -20,7 +20,7 @@ try:
     from ._demo.report import LEGEND, draw, make_table
     from ._demo.training import COMPARED_STEPS, FUSED, LOOP, OURS, RECIPES, Comparison, compare
 except ModuleNotFoundError as error:
-    MISSING: str | None = error.name
+    MISSING: str | None = (error.name or "a package").partition(".")[0]
 else:
     MISSING = None
 

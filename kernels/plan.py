@@ -32,6 +32,8 @@ class _Part:
         self._gradient_patterns: dict[bytes, layout.Metadata] = {}
         planned = [torch.empty_like(m.parameter, device="meta") if m.gradient is None else m.gradient for m in bucket.members]
         self._planned = [(tensor.dtype, tensor.layout, tensor.shape, tensor.stride()) for tensor in planned]
+        for member in bucket.members:
+            member.gradient = None  # a plan outlives gradients, and must not keep their memory
         self._all_active = numpy.ones(len(bucket.members), bool)
         # Kernels write past autograd's eyes; without this it would use what is no longer there. Tensors made in inference
         # mode have no version.

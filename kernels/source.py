@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import threading
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,11 +181,30 @@ def cache_directory() -> Path:
     return _usable_directory(os.environ.get("FUSEDOPT_CACHE_DIR"))
 
 
+# Several threads may take their first steps at once. Numba's compiler has a lock of its own, a half imported module has none.
+_loading = threading.RLock()
+
+
+def _forget_lock() -> None:
+    global _loading
+    _loading = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # The thread that holds the lock may not exist in a forked child.
+    os.register_at_fork(after_in_child=_forget_lock)
+
+
 def load(name: str, content: str) -> types.ModuleType:
     """Import ``content`` as a module from a file of the cache folder, named by ``name`` and the content's digest.
 
     Many processes may do so at once: a file appears whole or not at all, and is never rewritten with other content.
     """
+    with _loading:
+        return _load(name, content)
+
+
+def _load(name: str, content: str) -> types.ModuleType:
     stem = f"{name}_{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     module_name = f"fusedopt_generated_{stem}"
     if module_name in sys.modules:

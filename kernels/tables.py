@@ -250,13 +250,9 @@ class Bucket:
         """Put dense copies into the launch's addresses where layouts differ; return (original, copy, row, tensor)."""
         pairs = []
         for row, index in self._stand_ins:
-            original = self.parameters[index] if row == 0 else self.states[row - 2][index]
-            if row == 1:
-                gradient = launch.gradients[index]
-                if gradient is None:
-                    continue
-                original = gradient
-            if not launch.active[index]:
+            columns = (self.parameters, launch.gradients, *self.states)
+            original = columns[row][index]
+            if original is None or not launch.active[index]:
                 continue
             copy = torch.empty_like(self.parameters[index], dtype=original.dtype).copy_(original)
             launch.addresses[row, index] = copy.data_ptr()

@@ -41,7 +41,8 @@ def _command(program, arguments, environment, call, **options):
     path = os.pathsep.join(filter(None, (str(PACKAGE_ROOT), os.environ.get("PYTHONPATH"))))
     variables = {**os.environ, "PYTHONPATH": path, **environment}
     return call(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *arguments],
+        # -P: the working directory is no place to import from, or it would come before PYTHONPATH.
+        [sys.executable, "-P", "-W", "error", "-c", textwrap.dedent(program), *arguments],
         env={name: value for name, value in variables.items() if value is not None},
         text=True,
         **options,

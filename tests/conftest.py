@@ -5,6 +5,7 @@ import os
 import random
 import sys
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LIBRARY = "fusedopt"
+
+# The same examples each time, without a limit on time: the first may compile. `pytest --hypothesis-profile=exploring` looks
+# for new ones.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.register_profile("exploring", deadline=None, max_examples=500)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cases import RANGES, copies, draw_gradients, each_case, make_parameters, named
@@ -107,7 +107,6 @@ def drawn_arguments(case):
 
 
 @each_case
-@settings(max_examples=15)
 @given(data=st.data())
 def test_random_hyperparameters(case, data):
     arguments = data.draw(drawn_arguments(case))
