@@ -169,8 +169,13 @@ def _usable_directory(wanted: str | None) -> Path:
     except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         # Private, because code is imported from it; and for this process only.
         directory = Path(tempfile.mkdtemp(prefix="fusedopt-"))
-        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        atexit.register(_remove, directory, os.getpid())
         return directory
+
+
+def _remove(directory: Path, owner: int) -> None:
+    if os.getpid() == owner:  # and not a forked child, whose parent goes on
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def cache_directory() -> Path:
