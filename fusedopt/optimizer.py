@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

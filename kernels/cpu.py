@@ -104,5 +104,4 @@ def run(launch: Launch) -> None:
     from fusedopt.kernels import threads
 
     arguments: tuple[Any, ...] = (launch.addresses, launch.chunks, launch.row_of_tensor, launch.coefficients)
-    elements = int(launch.chunks[:, 2].sum())
-    threads.run(_kernel(launch.kind), arguments, len(launch.chunks), elements, torch.get_num_threads())
+    threads.run(_kernel(launch.kind), arguments, len(launch.chunks), launch.elements, torch.get_num_threads())

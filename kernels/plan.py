@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,13 +29,17 @@ class _Part:
         self.indices = [member.index for member in bucket.members]
         self._state_dicts = [member.state for member in bucket.members]
         self._counted = bucket.members[0].counted
-        self._metadata = layout.Metadata(bucket.written)
+        # States are told apart by identity and address alone: nothing changes the shape of one in place.
+        self._metadata = layout.Metadata(bucket.parameters)
         self._gradient_patterns: dict[bytes, layout.Metadata] = {}
+        self._gradient_addresses: list[int] = []
         planned = [torch.empty_like(m.parameter, device="meta") if m.gradient is None else m.gradient for m in bucket.members]
         self._planned = [(tensor.dtype, tensor.layout, tensor.shape, tensor.stride()) for tensor in planned]
         for member in bucket.members:
             member.gradient = None  # a plan outlives gradients, and must not keep their memory
-        self._all_active = numpy.ones(len(bucket.members), bool)
+        self._ready: set[Kind] = set()
+        self._kinds = (bucket.kind, replace(bucket.kind, unscale=True))
+        self._everyone = numpy.ones(len(bucket.members), bool)
         # Kernels write past autograd's eyes; without this it would use what is no longer there. Tensors made in inference
         # mode have no version.
         self._versioned = [tensor for tensor in bucket.written if not tensor.is_inference()]
@@ -67,16 +72,16 @@ class _Part:
                 return False
         except KeyError:
             return False
-        return self._metadata.matches(bucket.written) and bucket.addresses_hold()
+        return self._metadata.matches(bucket.parameters) and bucket.addresses_hold()
 
     def gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None] | None:
         """Return this bucket's gradients, or None where one is not of the kind that was planned for."""
         own = [gradients[index] for index in self.indices]
-        present = [gradient for gradient in own if gradient is not None]
-        pattern = b"" if len(present) == len(own) else bytes(gradient is not None for gradient in own)
+        present = own if _all_present(own) else [gradient for gradient in own if gradient is not None]
+        pattern = b"" if present is own else bytes(gradient is not None for gradient in own)
         known = self._gradient_patterns.get(pattern)
         if known is not None:
-            return own if known.matches(present) else None
+            return own if known.matches(present) else None  # type: ignore[arg-type]
         for gradient, parameter, planned in zip(own, self.bucket.parameters, self._planned, strict=True):
             if gradient is not None and (
                 (gradient.dtype, gradient.layout, gradient.shape, gradient.stride()) != planned
@@ -85,7 +90,7 @@ class _Part:
                 return None
         if len(self._gradient_patterns) >= _PATTERNS:
             self._gradient_patterns.clear()
-        self._gradient_patterns[pattern] = layout.Metadata(present)
+        self._gradient_patterns[pattern] = layout.Metadata(present)  # type: ignore[arg-type]
         return own
 
     def launch(
@@ -97,52 +102,70 @@ class _Part:
     ) -> Launch:
         """Return what the backend needs for a step."""
         bucket = self.bucket
-        scaled = loss_scale is not None and loss_scale.grad_scale is not None
-        kind = replace(bucket.kind, unscale=True) if scaled else bucket.kind
-        active, chunks, addresses = self._all_active, bucket.chunks, bucket.addresses
-        if any(gradient is None for gradient in gradients):
+        kind = self._kinds[loss_scale is not None and loss_scale.grad_scale is not None]
+        active, chunks, elements = self._everyone, bucket.chunks, bucket.elements
+        if not _all_present(gradients):
             active = numpy.array([gradient is not None for gradient in gradients])
             chunks = numpy.ascontiguousarray(bucket.chunks[active[bucket.chunks[:, 0]]])
+            elements = int(chunks[:, 2].sum())
         if bucket.by_address:
-            # Of its own, for stand-ins change it, and a late thread may still look at the last one.
-            addresses = addresses.copy()
-            addresses[1] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-            self._check_gradients(gradients, addresses, active)
+            self._read_gradient_addresses(gradients, active)
+        # Where copies stand in for tensors, their addresses are this step's alone.
+        addresses = bucket.addresses.copy() if bucket.stands_in else bucket.addresses
         if bucket.on_device:
             rows, coefficients = numpy.zeros(0, numpy.int64), None
         else:
             representatives, rows = bucket.rows(active)
             coefficients = coefficient_rows(bucket, kind, representatives, hyperparameters, inverse_scale)
             loss_scale = None
-        return Launch(kind, gradients, active, addresses, chunks, rows, coefficients, hyperparameters, loss_scale)
+        return Launch(kind, gradients, active, addresses, chunks, elements, rows, coefficients, hyperparameters, loss_scale)
 
-    def _check_gradients(
-        self, gradients: list[Tensor | None], addresses: NDArray[numpy.int64], active: NDArray[numpy.bool_]
-    ) -> None:
+    def _read_gradient_addresses(self, gradients: list[Tensor | None], active: NDArray[numpy.bool_]) -> None:
         """Raise for gradients without memory; put copies in place of those that lie across their parameter."""
         bucket = self.bucket
+        if active is self._everyone:
+            found = list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
+        else:
+            found = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        if found == self._gradient_addresses:
+            return  # looked at before
+        self._gradient_addresses = []
+        addresses = bucket.addresses
+        addresses[1] = found
         for index in numpy.flatnonzero((addresses[1] == 0) & active & (bucket.sizes > 0)):
             raise RuntimeError(f"the gradient of parameter {self.indices[index]} has no memory: its storage was freed")
         # Written element by element, a step would read there what it has already changed.
         distance = addresses[1] - addresses[0]
-        for index in numpy.flatnonzero((distance != 0) & (abs(distance) < bucket.bytes) & active):
-            gradient = gradients[index]
-            assert gradient is not None
-            gradients[index] = gradient.clone()
-            addresses[1, index] = gradients[index].data_ptr()  # type: ignore[union-attr]
+        across = numpy.flatnonzero((distance != 0) & (abs(distance) < bucket.bytes) & active)
+        for index in across:
+            copy = gradients[index].clone()  # type: ignore[union-attr]
+            gradients[index], addresses[1, index] = copy, copy.data_ptr()
+        if not len(across):
+            self._gradient_addresses = found
+
+    def prepare(self, launch: Launch) -> None:
+        """Have the kernel ready that ``launch`` needs."""
+        if launch.kind not in self._ready:
+            backends.prepare(self.bucket.backend, launch.kind)
+            self._ready.add(launch.kind)
 
     def run(self, launch: Launch) -> None:
+        """Take the step."""
         bucket = self.bucket
-        stand_ins = bucket.stand_in(launch) if bucket.by_address else []
+        stand_ins = bucket.stand_in(launch) if bucket.stands_in else []
         backends.run(bucket, launch)
         if stand_ins:
             bucket.give_back(stand_ins, launch.kind.unscale)
         if not bucket.on_device:
-            bucket.steps.add_(1 if launch.active is self._all_active else torch.from_numpy(launch.active))
+            bucket.steps.add_(1 if launch.active is self._everyone else torch.from_numpy(launch.active))
         if bucket.by_address:
             torch.autograd.graph.increment_version(self._versioned)
             if launch.kind.unscale:
                 torch.autograd.graph.increment_version([g for g in launch.gradients if g is not None])
+
+
+def _all_present(gradients: Sequence[Tensor | None]) -> bool:
+    return all(map(operator.is_not, gradients, itertools.repeat(None)))
 
 
 def coefficient_rows(
@@ -154,18 +177,19 @@ def coefficient_rows(
 ) -> NDArray[Any]:
     """Return the coefficients of the (group, representative) ``rows``: computed in float64, rounded once."""
     update, counts = kind.update, bucket.steps.numpy()
-    known: dict[tuple[Hyperparameters, float], tuple[float, ...]] = {}
-    table = []
-    for group, representative in rows:
-        step = counts.item(representative) + 1.0
-        key = (hyperparameters[group], step)
-        if key not in known:
-            values = dict(zip(update.hyperparameters, map(float, key[0].values), strict=True))
-            scale = 1.0 if inverse_scale is None else inverse_scale
-            known[key] = (scale, *update.coefficients(step, key[0].maximize, values))
-        table.append(known[key])
     dtype = numpy.float64 if kind.compute.dtype == torch.float64 else numpy.float32
-    return numpy.array(table, numpy.float64).astype(dtype).reshape(len(rows), 1 + update.coefficient_count)
+    table = numpy.empty((len(rows), 1 + update.coefficient_count), dtype)
+    known: dict[tuple[Hyperparameters, float], int] = {}
+    for row, (group, representative) in enumerate(rows):
+        own = hyperparameters[group]
+        step = counts.item(representative) + 1.0
+        same = known.setdefault((own, step), row)
+        if same == row:
+            table[row, 0] = 1.0 if inverse_scale is None else inverse_scale
+            table[row, 1:] = update.coefficients(step, own.maximize, tuple(map(float, own.values)))
+        else:
+            table[row] = table[same]
+    return table
 
 
 class Plan:
@@ -244,7 +268,7 @@ class Plan:
         ]
         for part, launch in zip(self.parts, launches, strict=True):
             if launch is not None:
-                backends.prepare(part.bucket.backend, launch.kind)
+                part.prepare(launch)
         for part, launch in zip(self.parts, launches, strict=True):
             if launch is not None:
                 part.run(launch)

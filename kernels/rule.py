@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fusedopt.kernels import math as kernel_math
@@ -20,7 +20,7 @@ def bind(function: Callable[..., Any], names: Mapping[str, Any]) -> Callable[...
     return types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decay:
     """Weight decay as a step before a rule: ``update(p, g, *coefficients) -> (p, g)``.
 
@@ -36,7 +36,7 @@ class Decay:
         source.check(self.update, results=2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """An optimizer's mathematics: ``update(p, g, *states, *coefficients) -> (p, *states)``.
 
@@ -77,7 +77,7 @@ def _no_coefficients() -> tuple[float, ...]:
 no_decay = Decay(_no_decay, _no_coefficients)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Update:
     """A rule behind a decay: what one element of a parameter goes through in a step, in any backend.
 
@@ -86,11 +86,18 @@ class Update:
 
     rule: Rule
     decay: Decay = no_decay
-    _scalar: tuple[Callable[..., Any], ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        functions = (self.decay.coefficients, self.rule.coefficients)
-        object.__setattr__(self, "_scalar", tuple(bind(f, kernel_math.SCALARS) for f in functions))
+    @functools.cached_property
+    def _scalar(self) -> tuple[tuple[Callable[..., Any], tuple[int, ...]], ...]:
+        """The functions of coefficients, bound for Python's numbers, each with the places of its hyperparameters."""
+        functions = ((self.decay.coefficients, 0), (self.rule.coefficients, 1))
+        return tuple(
+            (
+                bind(function, kernel_math.SCALARS),
+                tuple(self.hyperparameters.index(name) for name in source.parameters(function)[skipped:]),
+            )
+            for function, skipped in functions
+        )
 
     @functools.cached_property
     def name(self) -> str:
@@ -123,13 +130,17 @@ class Update:
         names = (*source.parameters(self.decay.coefficients), *source.parameters(self.rule.coefficients)[1:])
         return tuple(dict.fromkeys(names))
 
-    def coefficients(self, step: float, maximize: bool, hyperparameters: Mapping[str, float]) -> tuple[float, ...]:
-        """Return one row of coefficients in float64, for a parameter whose ``step``-th step this is."""
-        decay, rule = self._scalar
+    def coefficients(self, step: float, maximize: bool, values: Sequence[float]) -> tuple[float, ...]:
+        """Return one row of coefficients in float64.
+
+        Args:
+            step: 1 at the parameter's first step.
+            maximize: whether to climb.
+            values: of the hyperparameters, in the order of ``hyperparameters``.
+        """
+        (decay, decay_places), (rule, rule_places) = self._scalar
         sign = -1.0 if maximize else 1.0
-        of_decay = decay(*(hyperparameters[name] for name in source.parameters(self.decay.coefficients)))
-        of_rule = rule(step, *(hyperparameters[name] for name in source.parameters(self.rule.coefficients)[1:]))
-        return (sign, *of_decay, *of_rule)
+        return (sign, *decay(*[values[i] for i in decay_places]), *rule(step, *[values[i] for i in rule_places]))
 
     def apply(
         self, names: Mapping[str, Any], p: Any, g: Any, states: Sequence[Any], coefficients: Sequence[Any]

@@ -225,7 +225,13 @@ def _load(name: str, content: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception:
+            # What was compiled earlier may be damaged, after a crash or on a full disk: once more without it.
+            for compiled in (path.parent / "__pycache__").glob(f"{stem}.*"):
+                compiled.unlink(missing_ok=True)
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module_name]
         raise

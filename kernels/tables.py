@@ -137,6 +137,7 @@ class Launch:
         active: whether each tensor takes part.
         addresses: [2 + states, tensors], of parameters, gradients, states.
         chunks: [chunks, 3], of tensor, first element and length.
+        elements: in all chunks.
         row_of_tensor: [tensors], the row of coefficients of each.
         coefficients: [rows, 1 + coefficients], in the dtype of the arithmetic; the inverse loss scale stands first. None
             where the device computes them, from what follows.
@@ -149,6 +150,7 @@ class Launch:
     active: NDArray[numpy.bool_]
     addresses: NDArray[numpy.int64]
     chunks: NDArray[numpy.int64]
+    elements: int
     row_of_tensor: NDArray[numpy.int64]
     coefficients: NDArray[Any] | None
     hyperparameters: Sequence[Hyperparameters]
@@ -192,14 +194,15 @@ class Bucket:
         # A complex element is two numbers.
         self.sizes = numpy.array([p.numel() * (2 if p.is_complex() else 1) for p in self.parameters], numpy.int64)
         self.bytes = numpy.array([p.numel() * p.element_size() for p in self.parameters], numpy.int64)
+        self.elements = int(self.sizes.sum())
         self.chunks = chunk_table(self.sizes, CHUNK)
         self.addresses = numpy.empty((2 + len(self.states), len(self.members)), numpy.int64)
         self.by_address = backend in BY_ADDRESS
         self.written_addresses: list[int] = []
-        self._stand_ins: list[tuple[int, int]] = []
+        self.stands_in: list[tuple[int, int]] = []
         if self.by_address:
             self._read_addresses()
-            self._stand_ins = self._find_stand_ins()
+            self.stands_in = self._find_stand_ins()
         # One vector of step counts, which a single addition advances.
         self.steps = torch.tensor([member.step for member in members], dtype=self._step_dtype())
         self.step_views = list(self.steps.unbind())
@@ -249,7 +252,7 @@ class Bucket:
     def stand_in(self, launch: Launch) -> list[tuple[Tensor, Tensor, int, int]]:
         """Put dense copies into the launch's addresses where layouts differ; return (original, copy, row, tensor)."""
         pairs = []
-        for row, index in self._stand_ins:
+        for row, index in self.stands_in:
             columns = (self.parameters, launch.gradients, *self.states)
             original = columns[row][index]
             if original is None or not launch.active[index]:

@@ -77,12 +77,14 @@ def run(kernel: Callable[..., None], arguments: tuple[Any, ...], chunks: int, el
         threads: most threads to use, the caller included.
     """
     progress = numpy.zeros(PROGRESS_LENGTH, numpy.int64)
-    address = progress.ctypes.data
+    address = progress.__array_interface__["data"][0]
     arguments = (*arguments, progress, address + 8 * CLAIMED, address + 8 * DONE)
     helpers = min(threads, chunks) - 1 if elements > SERIAL_ELEMENTS else 0
-    if helpers > 0:
-        _pool.call(kernel, arguments, helpers)
+    if helpers <= 0:
+        kernel(*arguments)
+        return
+    _pool.call(kernel, arguments, helpers)
     kernel(*arguments)
-    if helpers > 0 and not spin_until(progress, address + 8 * DONE, chunks, _SPINS):
+    if not spin_until(progress, address + 8 * DONE, chunks, _SPINS):
         while progress[DONE] < chunks:
             time.sleep(_NAP_SECONDS)

@@ -9,9 +9,7 @@ import torch
 import tolerances
 from cases import Case
 
-# Hyperparameters that are rounded to the type of the arithmetic; the others take part in float64 alone.
-ROUNDED = ("lr", "weight_decay")
-# Those of which one minus them is taken, whose rounding matters more where they are small.
+# Hyperparameters of which one minus them is taken, whose rounding matters more where they are small.
 WEIGHTS = ("betas", "beta", "momentum", "dampening")
 
 
@@ -73,14 +71,18 @@ def true_step(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
 
 def disturbed(inputs: Inputs, dtype: torch.dtype, sign: int) -> Iterator[Inputs]:
     """Yield `inputs` with one tensor or number after the other made slightly larger (smaller if `sign` is -1)."""
-    size, size64 = (sign * tolerances.relative_tolerance(each) for each in (dtype, torch.float64))
-    yield replace(inputs, parameter=inputs.parameter * (1 + size))
-    yield replace(inputs, gradient=inputs.gradient * (1 + size))
+
+    def size(role: str) -> float:
+        return sign * tolerances.relative_tolerance(role, dtype)
+
+    yield replace(inputs, parameter=inputs.parameter * (1 + size("parameter")))
+    yield replace(inputs, gradient=inputs.gradient * (1 + size("gradient")))
     for key, value in inputs.state.items():
         if key != "step":
-            yield replace(inputs, state={**inputs.state, key: value * (1 + size)})
+            yield replace(inputs, state={**inputs.state, key: value * (1 + size("state"))})
     for key, value in inputs.hyperparameters.items():
-        factor, addend = (1, size64) if key in WEIGHTS else (1 + (size if key in ROUNDED else size64), 0)
+        relative = size(key if key in tolerances.ROUNDINGS else "hyperparameter")
+        factor, addend = (1, relative) if key in WEIGHTS else (1 + relative, 0)
         for changed in numbers_moved(value, factor, addend):
             yield replace(inputs, hyperparameters={**inputs.hyperparameters, key: changed})
 
@@ -98,7 +100,7 @@ def true_step_and_errors(case: Case, inputs: Inputs, dtype: torch.dtype):
     """The true results for parameters of `dtype`, and how far from each the arithmetic of a correct step may lead."""
     truth = true_step(case, inputs)
     names = truth.keys() - {"step"}
-    errors = {name: truth[name].abs() * tolerances.relative_tolerance(dtype) for name in names}
+    errors = {name: truth[name].abs() * tolerances.relative_tolerance("result", dtype) for name in names}
     for larger, smaller in zip(disturbed(inputs, dtype, 1), disturbed(inputs, dtype, -1), strict=True):
         above, below = true_step(case, larger), true_step(case, smaller)
         for name in names:

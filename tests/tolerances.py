@@ -3,26 +3,33 @@
 A step is compared with torch's for-loop in float64 that starts from the very same numbers. No relative error can be
 stated for it: a first moment may cancel to nearly nothing, and a gradient with the decay added to it likewise, and then
 every correct float32 implementation is many ulps away. What a correct one keeps is a small *backward* error: its result
-is the exact one for inputs that are a few roundings off. So the tolerance is how far the reference itself moves when
-
-- the parameter, the gradient, each state, the learning rate and the weight decay, one at a time, are made larger and
-  smaller by ROUNDINGS unit roundoffs (half ulps) of the type that is computed in;
-- the other hyperparameters likewise, but by unit roundoffs of float64, and betas by those of one: 1 - beta is to be
-  computed in float64, always;
-- and the result by as much once more, plus half an ulp of the type in which it is stored, if that is a shorter one.
+is the exact one for inputs that are a few roundings off. So the tolerance is the sum of how far the reference itself moves
+when one input after the other is made larger and smaller by as many unit roundoffs (half ulps) as the table says, and of
+what the rounding of the result may do to it, in the type of the arithmetic and, if that is shorter, in that of the storage.
 """
 
 import math
 
 import torch
 
-# Counted on the longest way from an input to a result, AdamW's from the second moment to the parameter: its product
-# with beta2, which is rounded itself, a sum, a root (halves what came before), a sum with the rounded eps, a quotient,
-# its product with the rounded step size, the subtraction.
+#: How many roundings, at most, an input passes through on its way into a result.
 ROUNDINGS = {
-    torch.float32: 8,
-    # The reference rounds as often as we do.
-    torch.float64: 16,
+    # The subtraction of the decay.
+    "parameter": 1,
+    # Its sum with the decay, and the product with a rounded coefficient such as 1 - beta.
+    "gradient": 3,
+    # The product with a rounded coefficient, twice for Nesterov's.
+    "state": 4,
+    # All that becomes of the moments afterwards: the sum of the second one, its root (which halves what came before), the sum
+    # with the rounded eps, the quotient, the product with the rounded step size.
+    "lr": 8,
+    # It is rounded, and multiplied by the parameter, and by lr.
+    "weight_decay": 3,
+    # Never rounded to float32 by themselves: 1 - beta and 1 - beta**step are computed in float64, whatever the parameter's
+    # type, by a power of few products.
+    "hyperparameter": 4,
+    # The last sum or difference.
+    "result": 1,
 }
 
 
@@ -36,9 +43,12 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def relative_tolerance(dtype: torch.dtype) -> float:
-    """ROUNDINGS as a relative error."""
-    return ROUNDINGS[computed_in(dtype)] * unit_roundoff(computed_in(dtype))
+def relative_tolerance(role: str, dtype: torch.dtype) -> float:
+    """The roundings of the table as a relative error, for parameters of `dtype`."""
+    computed = torch.float64 if role == "hyperparameter" else computed_in(dtype)
+    # In float64 the reference rounds as often as we do.
+    implementations = 2 if computed == torch.float64 else 1
+    return implementations * ROUNDINGS[role] * unit_roundoff(computed)
 
 
 def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
