@@ -144,7 +144,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if torch.compiler.is_compiling():
+            self._step_uncompiled()
+        else:  # without the wrapper, which costs as much as a small kernel
+            self._step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,6 +187,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     # --- the step ---------------------------------------------------------------------------------------------------------
 
     @_disable_dynamo
+    def _step_uncompiled(self) -> None:
+        self._step()
+
     def _step(self) -> None:
         loss_scale = self._loss_scale()
         groups = self.param_groups

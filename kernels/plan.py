@@ -27,6 +27,7 @@ class _Part:
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.indices = [member.index for member in bucket.members]
+        self._whole = self.indices == list(range(len(self.indices)))
         self._state_dicts = [member.state for member in bucket.members]
         self._counted = bucket.members[0].counted
         # States are told apart by identity and address alone: nothing changes the shape of one in place.
@@ -76,7 +77,7 @@ class _Part:
 
     def gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None] | None:
         """Return this bucket's gradients, or None where one is not of the kind that was planned for."""
-        own = [gradients[index] for index in self.indices]
+        own = list(gradients) if self._whole and len(gradients) == len(self.indices) else [gradients[i] for i in self.indices]
         present = own if _all_present(own) else [gradient for gradient in own if gradient is not None]
         pattern = b"" if present is own else bytes(gradient is not None for gradient in own)
         known = self._gradient_patterns.get(pattern)
@@ -132,15 +133,17 @@ class _Part:
         self._gradient_addresses = []
         addresses = bucket.addresses
         addresses[1] = found
-        for index in numpy.flatnonzero((addresses[1] == 0) & active & (bucket.sizes > 0)):
-            raise RuntimeError(f"the gradient of parameter {self.indices[index]} has no memory: its storage was freed")
+        if 0 in found:
+            for index in numpy.flatnonzero((addresses[1] == 0) & active & (bucket.sizes > 0)).tolist():
+                raise RuntimeError(f"the gradient of parameter {self.indices[index]} has no memory: its storage was freed")
         # Written element by element, a step would read there what it has already changed.
         distance = addresses[1] - addresses[0]
-        across = numpy.flatnonzero((distance != 0) & (abs(distance) < bucket.bytes) & active)
+        across = numpy.flatnonzero(numpy.abs(distance) < bucket.bytes).tolist()
         for index in across:
-            copy = gradients[index].clone()  # type: ignore[union-attr]
-            gradients[index], addresses[1, index] = copy, copy.data_ptr()
-        if not len(across):
+            if distance[index] != 0 and active[index]:
+                copy = gradients[index].clone()  # type: ignore[union-attr]
+                gradients[index], addresses[1, index] = copy, copy.data_ptr()
+        if not across:
             self._gradient_addresses = found
 
     def prepare(self, launch: Launch) -> None:
@@ -177,19 +180,17 @@ def coefficient_rows(
 ) -> NDArray[Any]:
     """Return the coefficients of the (group, representative) ``rows``: computed in float64, rounded once."""
     update, counts = kind.update, bucket.steps.numpy()
-    dtype = numpy.float64 if kind.compute.dtype == torch.float64 else numpy.float32
-    table = numpy.empty((len(rows), 1 + update.coefficient_count), dtype)
-    known: dict[tuple[Hyperparameters, float], int] = {}
-    for row, (group, representative) in enumerate(rows):
+    scale = 1.0 if inverse_scale is None else inverse_scale
+    known: dict[tuple[Hyperparameters, float], tuple[float, ...]] = {}
+    table = []
+    for group, representative in rows:
         own = hyperparameters[group]
         step = counts.item(representative) + 1.0
-        same = known.setdefault((own, step), row)
-        if same == row:
-            table[row, 0] = 1.0 if inverse_scale is None else inverse_scale
-            table[row, 1:] = update.coefficients(step, own.maximize, tuple(map(float, own.values)))
-        else:
-            table[row] = table[same]
-    return table
+        row = known.get((own, step))
+        if row is None:
+            row = known[own, step] = (scale, *update.coefficients(step, own.maximize, [float(value) for value in own.values]))
+        table.append(row)
+    return numpy.array(table, numpy.float64 if kind.compute.dtype == torch.float64 else numpy.float32)
 
 
 class Plan:

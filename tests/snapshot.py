@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -56,6 +57,16 @@ class Snapshot:
         """Fail, naming what changed, unless everything is bit for bit as it was."""
         changed = self.differences()
         assert not changed, f"changed: {', '.join(changed)}"
+
+
+def refused(optimizer, errors=RuntimeError, match=None):
+    """Assert that the step raises and changes nothing, twice; return the message."""
+    before = Snapshot(optimizer)
+    for _ in range(2):
+        with pytest.raises(errors, match=match) as raised:
+            optimizer.step()
+        before.assert_unchanged()
+    return str(raised.value)
 
 
 def _contents(tensor: torch.Tensor, place: bool = True) -> tuple[Any, ...]:

@@ -9,8 +9,7 @@ import fusedopt
 from cases import draw_gradients, make_parameters, named
 from child import run
 from single_step import checked_step
-from snapshot import Snapshot, bits, same_bits
-from wrapped import WrappedTensor
+from snapshot import bits, refused, same_bits
 
 CLASSES = ["SGD", "Momentum", "Adam", "AdamW"]
 every_class = pytest.mark.parametrize("name", CLASSES)
@@ -18,16 +17,6 @@ cases = pytest.mark.parametrize(
     "case", [named(name) for name in ("sgd", "sgd-momentum-l2", "momentum", "adam-amsgrad-l2", "adamw")], ids=str
 )
 before_and_after = pytest.mark.parametrize("steps", [0, 2], ids=["first step", "later step"])
-
-
-def refused(optimizer, errors=RuntimeError, match=None):
-    """Assert that the step raises and changes nothing, twice; return the message."""
-    before = Snapshot(optimizer)
-    for _ in range(2):
-        with pytest.raises(errors, match=match) as raised:
-            optimizer.step()
-        before.assert_unchanged()
-    return str(raised.value)
 
 
 def good_and_bad(case, bad, gradient, steps=0):
@@ -223,126 +212,3 @@ def test_one_meta_parameter_among_others(case, steps):
     optimizer = good_and_bad(case, bad, torch.ones(4, device="meta"), steps)
     assert "meta" in refused(optimizer)
     recovers(case, optimizer)
-
-
-# --- fused=True where it cannot be -------------------------------------------------------------------------------------------
-
-
-def asked_for_fused(name, param, match, **options):
-    """Assert that ``fused=True`` is refused, by the constructor or the step, with a reason and a remedy."""
-    good = make_parameters([(5,)])
-    draw_gradients(good)
-    before = [same.detach().clone() for same in (*good, param)]
-    with pytest.raises(RuntimeError, match=match) as raised:  # noqa: PT012: either line may raise
-        optimizer = getattr(fusedopt, name)([*good, param], lr=0.1, fused=True, **options)
-        optimizer.step()
-    assert "fused" in str(raised.value)
-    assert all(map(torch.equal, (*good, param), before))
-    return str(raised.value)
-
-
-@every_class
-def test_fused_parameter_that_is_no_plain_memory(name):
-    param = torch.nn.Parameter(WrappedTensor(torch.ones(3)))
-    param.grad = WrappedTensor(torch.ones(3))
-    message = asked_for_fused(name, param, "WrappedTensor")
-    assert "fused=None" in message  # what to do
-
-
-@every_class
-def test_fused_integer_parameter(name):
-    param = torch.ones(3, dtype=torch.int32)
-    param.grad = torch.ones(3, dtype=torch.int32)
-    asked_for_fused(name, param, "int32")
-
-
-def test_fused_sparse_gradient():
-    param = torch.nn.Parameter(torch.ones(3))
-    param.grad = torch.sparse_coo_tensor([[1]], [1.0], (3,), check_invariants=True)
-    message = asked_for_fused("SGD", param, "sparse")
-    assert "fused=None" in message
-
-
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_fused_and_another_implementation_by_groups(name):
-    """A group may ask for what the constructor would refuse."""
-    param = torch.nn.Parameter(torch.ones(3))
-    param.grad = torch.ones(3)
-    optimizer = getattr(fusedopt, name)([{"params": [param], "foreach": True}], lr=0.1, fused=True)
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        assert "fused" in str(error)
-        assert "foreach" in str(error)
-        assert torch.equal(param, torch.ones(3))
-    else:
-        assert (param < 1).all()
-
-
-@before_and_after
-@every_class
-def test_fused_error_comes_before_any_change(name, steps):
-    good = make_parameters([(5,), (300,)])
-    bad = torch.nn.Parameter(WrappedTensor(torch.ones(3)))
-    optimizer = getattr(fusedopt, name)([good[0], bad, good[1]], lr=0.1, fused=True)
-    for _ in range(steps):
-        draw_gradients(good)
-        optimizer.step()
-    draw_gradients(good)
-    bad.grad = WrappedTensor(torch.ones(3))
-    refused(optimizer, match="WrappedTensor")
-
-
-# --- states and hyperparameters that the user has put there ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "state",
-    [torch.zeros(5), torch.zeros(1), torch.zeros(4, dtype=torch.int32), torch.zeros(4, device="meta"), torch.zeros(1).expand(4),
-     torch.sparse_coo_tensor([[1]], [1.0], (4,), check_invariants=True)],
-    ids=["longer", "shorter", "int32", "meta", "expanded", "sparse"],
-)  # fmt: skip
-@pytest.mark.parametrize("name", ["sgd-momentum", "momentum", "adam", "adamw-amsgrad"])
-def test_state_that_does_not_fit(name, state):
-    case = named(name)
-    params = [*make_parameters([(33,)], torch.float64), *make_parameters([(4,)])]  # the good one in a bucket of its own
-    optimizer = case.make_ours(params)
-    draw_gradients(params)
-    checked_step(case, optimizer)
-    key = next(key for key in optimizer.state[params[1]] if key != "step")
-    right = optimizer.state[params[1]][key]
-    optimizer.state[params[1]][key] = state
-    message = refused(optimizer, (RuntimeError, TypeError, ValueError))
-    assert key in message or "more than one element" in message
-    optimizer.state[params[1]][key] = right
-    checked_step(case, optimizer)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("lr", torch.tensor([0.1, 0.2])), ("lr", "fast"), ("lr", None), ("weight_decay", "some")],
-    ids=str,
-)
-@every_class
-def test_hyperparameter_that_is_no_number(name, key, value):
-    params = make_parameters([(5,), (4, 6)])
-    optimizer = getattr(fusedopt, name)(params, lr=0.1)
-    draw_gradients(params)
-    optimizer.step()
-    optimizer.param_groups[0][key] = value
-    refused(optimizer, (RuntimeError, TypeError, ValueError))
-    optimizer.param_groups[0][key] = 0.1
-    optimizer.step()
-
-
-@pytest.mark.parametrize(("name", "key"), [("SGD", "momentum"), ("AdamW", "betas"), ("Momentum", "beta"), ("Adam", "eps")])
-def test_hyperparameter_that_is_missing(name, key):
-    params = make_parameters([(5,)])
-    optimizer = getattr(fusedopt, name)(params, lr=0.1)
-    draw_gradients(params)
-    optimizer.step()
-    (group,) = optimizer.param_groups
-    value = group.pop(key)
-    refused(optimizer, KeyError, match=key.removesuffix("s"))
-    group[key] = value
-    optimizer.step()

@@ -12,9 +12,9 @@ import pytest
 from child import PACKAGE_ROOT, output, start
 
 #: Steps of one optimizer or several; prints what was compiled, what was found, the result, and the folder.
-PROGRAM = """
+PROGRAM = f"""
     import sys
-    sys.path.insert(0, {tests!r})
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
     import torch
     import fusedopt
     from compilations import cache_hits, cache_misses
@@ -24,7 +24,7 @@ PROGRAM = """
     for name in sys.argv[1:]:
         getattr(fusedopt, name)([param], lr=0.1).step()
     print(cache_misses(), cache_hits(), param.double().sum().item(), cache_directory(), sep="\\n")
-""".format(tests=str(Path(__file__).parent))
+"""
 
 
 class Run:

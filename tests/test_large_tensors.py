@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import numpy
 import pytest
@@ -15,8 +16,7 @@ pytestmark = pytest.mark.slow
 
 def available_memory():
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":") for line in file)
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         return 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError):
         return 0

@@ -11,7 +11,6 @@ from cases import draw_gradients, each_case, make_parameters, named
 from fusedopt.kernels import backends
 from single_step import checked_step
 
-
 # --- decay -------------------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusedopt
-from child import output, run
+from child import run
 
 of_torch_2_13 = pytest.mark.skipif(
     not torch.__version__.startswith("2.13."),
