@@ -82,6 +82,10 @@ def disturbed(inputs: Inputs, dtype: torch.dtype, sign: int) -> Iterator[Inputs]
             yield replace(inputs, state={**inputs.state, key: value * (1 + size("state"))})
     for key, value in inputs.hyperparameters.items():
         relative = size(key if key in tolerances.ROUNDINGS else "hyperparameter")
+        if key == "lr":
+            # The step size holds the bias corrections 1 - beta**step, whose error is that of beta**step and much smaller
+            # terms: relatively it is the larger the closer beta is to one.
+            relative += sum(size("hyperparameter") / (1 - float(beta)) for beta in inputs.hyperparameters.get("betas", ()))
         factor, addend = (1, relative) if key in WEIGHTS else (1 + relative, 0)
         for changed in numbers_moved(value, factor, addend):
             yield replace(inputs, hyperparameters={**inputs.hyperparameters, key: changed})

@@ -25,8 +25,8 @@ ROUNDINGS = {
     "lr": 8,
     # It is rounded, and multiplied by the parameter, and by lr.
     "weight_decay": 3,
-    # Never rounded to float32 by themselves: 1 - beta and 1 - beta**step are computed in float64, whatever the parameter's
-    # type, by a power of few products.
+    # Those that are never rounded to float32 by themselves: 1 - beta and 1 - beta**step are to be computed in float64,
+    # whatever the parameter's type. A product or two for the power of one of the first steps.
     "hyperparameter": 4,
     # The last sum or difference.
     "result": 1,
