@@ -49,8 +49,9 @@ class _Prepared:
         self.plan: Plan | None = None
         #: Parameters that share memory, one wave after the other; planned anew each time.
         self.waves: list[list[int]] = []
-        #: Indices of the parameters that torch's own implementation updates.
-        self.torch_indices: list[int] = []
+        #: Indices of the parameters that torch's own implementation updates, and of all that are updated at all.
+        self.torch_indices: set[int] = set()
+        self.indices: set[int] = set()
         self.state: object = None
         self.state_dicts: list[Any] = []
 
@@ -60,6 +61,12 @@ class _Prepared:
             and self.state is state
             and _same_objects(self.parameters, parameters)
             and _same_objects(self.state_dicts, list(state.values()))
+        )
+
+    def covers(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether every parameter with a gradient was there to be planned for."""
+        return len(self.indices) == len(gradients) or all(
+            index in self.indices for index, gradient in enumerate(gradients) if gradient is not None
         )
 
     def watch(self, state: dict[Tensor, Any]) -> None:
@@ -205,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             prepared is not None
             and prepared.plan is not None
             and prepared.holds(parameters, key, self.state)
-            and prepared.plan.covers(gradients)
+            and prepared.covers(gradients)
         ):
             by_part = prepared.plan.gradients(gradients)
         if by_part is None or prepared is None:
@@ -215,10 +222,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             assert by_part is not None
         hyperparameters = self._hyperparameters(updates)
         assert prepared.plan is not None
-        if prepared.torch_indices:  # first, for it checks while it goes
-            self._torch_step(set(prepared.torch_indices), gradients, loss_scale)
+        launches = prepared.plan.launches(by_part, hyperparameters, loss_scale)
+        if prepared.torch_indices:  # before the kernels, for it checks while it goes
+            self._torch_step([parameters[i] for i in sorted(prepared.torch_indices)], loss_scale)
             prepared.watch(self.state)
-        prepared.plan.run(by_part, hyperparameters, loss_scale)
+        prepared.plan.run(launches)
         for wave in prepared.waves:
             self._run_wave(wave, parameters, gradients, updates, hyperparameters, loss_scale)
 
@@ -260,7 +268,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             # The gradient of a parameter that is listed twice has been unscaled by its first step.
             earlier = {id(gradients[i]) for i in range(len(gradients)) if i not in wave}
             if not loss_scale.skips():
-                loss_scale.unscale([g for i in wave if (g := gradients[i]) is not None and id(g) not in earlier])
+                loss_scale.unscale([parameters[i] for i in wave if id(gradients[i]) not in earlier])
+                gradients = [p.grad for p in parameters]
             loss_scale = LossScale(loss_scale.found_inf, None)
         group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
         members = [self._member(parameters[i], i, gradients[i], group_of[i], updates[group_of[i]]) for i in wave]
@@ -269,21 +278,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._attach(plan, members)
         by_part = plan.gradients(gradients)
         assert by_part is not None
-        plan.run(by_part, hyperparameters, loss_scale)
+        plan.run(plan.launches(by_part, hyperparameters, loss_scale))
 
-    def _torch_step(self, indices: set[int], gradients: list[Tensor | None], loss_scale: LossScale | None) -> None:
+    def _torch_step(self, parameters: list[Tensor], loss_scale: LossScale | None) -> None:
         assert self._torch_class is not None
         if loss_scale is not None:
             if loss_scale.skips():
                 return
-            loss_scale.unscale([g for i in indices if (g := gradients[i]) is not None])
-        groups, first = [], 0
-        for group in self.param_groups:
-            own = group["params"]
-            chosen = [p for i, p in enumerate(own, first) if i in indices]
-            # foreach and fused cannot take what they are not asked for, such as sparse gradients.
-            groups.append({**group, "params": chosen, "fused": False})
-            first += len(own)
+            loss_scale.unscale(parameters)
+        chosen = set(map(id, parameters))
+        # foreach and fused cannot take what they are not asked for, such as sparse gradients.
+        groups = [
+            {**group, "params": [p for p in group["params"] if id(p) in chosen], "fused": False} for group in self.param_groups
+        ]
         # Without the wrapper that runs hooks, which torch puts around the step of each class it has built.
         inspect.unwrap(self._torch_class.step)(_TorchView(self, groups))
 
@@ -315,10 +322,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 gradient = gradients[index]
                 if gradient is not None or index in known:
+                    prepared.indices.add(index)
                     path, reason = paths.choose(self, parameter, gradient, group)
                     paths.check(index, parameter, gradient, group, path)
                     if path == "torch":
-                        prepared.torch_indices.append(index)
+                        prepared.torch_indices.add(index)
                     else:
                         if path == "tensor" and group["fused"] is None and group.get("foreach") is None:
                             self._warn(reason)
@@ -349,7 +357,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 index += 1
         before = self._prepared
         if before is not None and before.plan is not None and _same_objects(before.parameters, parameters):
-            known |= before.plan.indices
+            known |= before.indices - before.torch_indices
         return known
 
     def _warn(self, reason: str) -> None:

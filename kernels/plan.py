@@ -217,19 +217,11 @@ class Plan:
             _Part(Bucket(name, kind, group))  # type: ignore[arg-type]
             for (name, _, kind, *_), group in sorted_members.items()
         ]
-        #: Where the members stand in the caller's lists.
-        self.indices = {member.index for member in members}
 
     def attach(self) -> None:
         """Complete the states of all members; until then nothing has been written to them."""
         for part in self.parts:
             part.attach()
-
-    def covers(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether every parameter with a gradient is in the plan."""
-        return len(self.indices) == len(gradients) or all(
-            index in self.indices for index, gradient in enumerate(gradients) if gradient is not None
-        )
 
     def gradients(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]] | None:
         """Return the gradients by bucket, or None where the plan no longer holds."""
@@ -241,18 +233,21 @@ class Plan:
             by_part.append(own)
         return by_part
 
-    def run(
+    def launches(
         self,
         gradients: Sequence[list[Tensor | None]],
         hyperparameters: Sequence[Hyperparameters],
         loss_scale: LossScale | None = None,
-    ) -> None:
-        """Take one step, or none at all if a scaler has found infinities.
+    ) -> list[Launch | None]:
+        """Return all that a step needs, checked; nothing is left to run if a scaler has found infinities.
 
         Args:
             gradients: as :meth:`gradients` returned them.
             hyperparameters: by group.
             loss_scale: what a gradient scaler asks for (default: None).
+
+        Raises:
+            RuntimeError: if a gradient has no memory.
         """
         for part in self.parts:
             # A host that reads what the scaler found would wait for the device.
@@ -261,7 +256,7 @@ class Plan:
         inverse_scale = None
         if loss_scale is not None and not all(part.bucket.on_device for part in self.parts):
             if loss_scale.skips():
-                return
+                return [None] * len(self.parts)
             inverse_scale = loss_scale.inverse()
         launches = [
             part.launch(own, hyperparameters, loss_scale, inverse_scale) if any(g is not None for g in own) else None
@@ -270,6 +265,10 @@ class Plan:
         for part, launch in zip(self.parts, launches, strict=True):
             if launch is not None:
                 part.prepare(launch)
+        return launches
+
+    def run(self, launches: Sequence[Launch | None]) -> None:
+        """Take the step."""
         for part, launch in zip(self.parts, launches, strict=True):
             if launch is not None:
                 part.run(launch)

@@ -82,11 +82,16 @@ class LossScale:
         """Return the inverse of the scale as torch's ``unscale_`` has it: in float64, rounded to float32; or None."""
         return None if self.grad_scale is None else float(numpy.float32(1.0 / float(self.grad_scale)))
 
-    def unscale(self, gradients: Sequence[Tensor]) -> None:
-        """Multiply ``gradients`` by the inverse scale, in place."""
+    def unscale(self, parameters: Sequence[Tensor]) -> None:
+        """Multiply the gradients of ``parameters`` by the inverse scale, in place where they can hold it."""
         inverse = self.inverse()
-        if inverse is not None:
-            for gradient in gradients:
+        if inverse is None:
+            return
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout == torch.strided and layout.overlaps_itself(gradient):
+                parameter.grad = gradient * inverse
+            elif gradient is not None:
                 gradient.mul_(inverse)
 
 

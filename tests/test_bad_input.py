@@ -16,6 +16,10 @@ every_class = pytest.mark.parametrize("name", CLASSES)
 cases = pytest.mark.parametrize(
     "case", [named(name) for name in ("sgd", "sgd-momentum-l2", "momentum", "adam-amsgrad-l2", "adamw")], ids=str
 )
+# torch's own implementations find out while they go, when good parameters have changed.
+implementations = pytest.mark.parametrize(
+    "implementation", [{"fused": None}, {"fused": True}, {"fused": False}], ids=["fused=None", "fused=True", "fused=False"]
+)
 before_and_after = pytest.mark.parametrize("steps", [0, 2], ids=["first step", "later step"])
 
 
@@ -42,13 +46,15 @@ def recovers(case, optimizer):
 
 
 @before_and_after
+@implementations
 @pytest.mark.parametrize("shape", [(6,), (3,), (1,), (4, 1), (), (0,)], ids=str)
 @cases
-def test_gradient_of_another_shape(case, shape, steps):
+def test_gradient_of_another_shape(case, shape, implementation, steps):
     """Some of these shapes broadcast: torch's loop takes them, and a kernel would read past the gradient's end."""
     bad = torch.nn.Parameter(torch.ones(4))
     optimizer = good_and_bad(case, bad, torch.ones(4), steps)
     bad.grad.data = torch.ones(shape)  # assigning it would be refused by torch
+    optimizer.param_groups[0].update(implementation)
     message = refused(optimizer)
     assert "shape" in message
     assert "4" in message
@@ -106,12 +112,12 @@ def test_integer_parameter(case, steps):
 
 
 @before_and_after
-@pytest.mark.parametrize("fused", [None, True], ids=["fused=None", "fused=True"])
+@implementations
 @cases
-def test_parameter_whose_elements_share_memory(case, fused, steps):
+def test_parameter_whose_elements_share_memory(case, implementation, steps):
     bad = torch.zeros(1).expand(4).requires_grad_()
     optimizer = good_and_bad(case, bad, torch.ones(4), steps)
-    optimizer.param_groups[0]["fused"] = fused
+    optimizer.param_groups[0].update(implementation)
     # As torch says it.
     message = refused(optimizer, match="more than one element of the written-to tensor refers to a single memory location")
     assert "clone()" in message
@@ -146,6 +152,32 @@ def test_gradient_that_is_its_parameter(case):
     for each in (param, other):
         case.make_ours([each]).step()
     assert same_bits(param, other)
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "later step"])
+def test_one_bad_dense_gradient_beside_a_sparse_one(steps):
+    """Torch's implementation takes the sparse ones: it must not have begun when a kernel refuses."""
+    sparse, dense = make_parameters([(6, 3), (33,)])
+    optimizer = fusedopt.SGD([sparse, dense], lr=0.1, momentum=0.9)
+    for _ in range(steps + 1):
+        sparse.grad = torch.sparse_coo_tensor([[4, 0]], torch.randn(2, 3), (6, 3), check_invariants=True)
+        draw_gradients([dense])
+        if steps:
+            optimizer.step()
+    gradient = dense.grad
+    before = sparse.detach().clone(), dense.detach().clone()
+    storage = gradient.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match="memory"):
+        optimizer.step()
+    assert torch.equal(sparse, before[0])
+    assert torch.equal(dense, before[1])
+    storage.resize_(size)
+    gradient.fill_(1.0)
+    optimizer.step()
+    assert not torch.equal(sparse, before[0])
+    assert not torch.equal(dense, before[1])
 
 
 def test_parameters_without_storage_do_not_crash_the_process():

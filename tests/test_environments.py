@@ -125,12 +125,14 @@ def test_autocast_does_not_reach_the_step(name):
 # --- numbers that torch keeps otherwise than their memory reads ----------------------------------------------------------------
 
 
+# One element has no strides to speak of, so that nothing but the flag tells.
+@pytest.mark.parametrize("size", [67, 1])
 @pytest.mark.parametrize("which", ["parameter", "gradient", "both"])
 @pytest.mark.parametrize("kind", ["conjugate", "negative"])
 @cases
-def test_conjugate_and_negative_views(case, kind, which):
+def test_conjugate_and_negative_views(case, kind, which, size):
     """``conj()`` and the imaginary part of it change no memory, only a flag; autograd hands out such gradients."""
-    numbers = [torch.randn(67, dtype=torch.complex64) for _ in range(4)]
+    numbers = [torch.randn(size, dtype=torch.complex64) for _ in range(4)]
 
     def view(number, lazily):
         shown = number.clone().conj() if lazily else number.conj().resolve_conj()

@@ -106,12 +106,14 @@ def test_state_that_does_not_fit(name, state):
     [("lr", torch.tensor([0.1, 0.2])), ("lr", "fast"), ("lr", None), ("weight_decay", "some")],
     ids=str,
 )
+@before_and_after
 @every_class
-def test_hyperparameter_that_is_no_number(name, key, value):
+def test_hyperparameter_that_is_no_number(name, key, value, steps):
     params = make_parameters([(5,), (4, 6)])
     optimizer = getattr(fusedopt, name)(params, lr=0.1)
     draw_gradients(params)
-    optimizer.step()
+    for _ in range(steps):
+        optimizer.step()
     optimizer.param_groups[0][key] = value
     refused(optimizer, (RuntimeError, TypeError, ValueError))
     optimizer.param_groups[0][key] = 0.1

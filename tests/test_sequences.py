@@ -4,7 +4,7 @@ import copy
 import io
 
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cases import RANGES, each_case
@@ -105,6 +105,7 @@ def operations():
     hyperparameters = {
         "lr": st.floats(*RANGES["lr"]),
         "weight_decay": st.one_of(st.just(0.0), st.floats(*RANGES["weight_decay"])),
+        "dampening": st.floats(*RANGES["dampening"]),
         "momentum": st.one_of(st.just(0.0), st.floats(*RANGES["momentum"])),
         "beta": st.floats(*RANGES["beta"]),
         "betas": st.tuples(st.floats(0.0, 0.99), st.floats(0.5, 0.999)),
@@ -156,7 +157,20 @@ def assert_near(tensor, right, what):
     )
 
 
+#: The last step is the first one with momentum for the parameters that rested when it was switched on.
+MOMENTUM_SWITCHED_ON_AT_REST = [
+    ("change", "dampening", 0.5),
+    ("change", "momentum", 0.0),
+    ("step", [True], 0, "fresh"),
+    ("change", "momentum", 0.5),
+    ("step", [True, False], 1, "fresh"),
+    ("swap_data", 0, "contiguous"),
+]
+
+
 @each_case
+@settings(max_examples=60)
+@example(seed=0, sequence=MOMENTUM_SWITCHED_ON_AT_REST)
 @given(seed=st.integers(0, 99), sequence=st.lists(operations(), min_size=3, max_size=14))
 def test_any_sequence_of_calls(case, seed, sequence):
     ours, theirs = Side(case.make_ours, seed), Side(case.make_truth, seed)
