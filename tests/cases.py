@@ -28,6 +28,11 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def argument_names(self) -> Iterable[str]:
+        """The names of the arguments that our class takes."""
+        return inspect.signature(self.ours).parameters.keys()
+
     def make_ours(self, params: Iterable, **overrides: Any) -> torch.optim.Optimizer:
         """Our optimizer; its arguments are copied, so that a tensor `lr` is nobody else's."""
         return self.ours(params, **copy.deepcopy({**self.kwargs, **overrides}))

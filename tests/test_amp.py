@@ -8,7 +8,7 @@ import torch
 import fusedopt
 from amp_paths import SHAPES, SOME, assert_as_new, assert_same, on_every_path, scale_gradients, scaling
 from cases import copies, draw_gradients, make_parameters
-from snapshot import Snapshot, refused, same_bits
+from snapshot import Snapshot, same_bits
 
 found_infs = pytest.mark.parametrize("found_inf", [1.0, 2.0, torch.inf, torch.nan], ids=str)
 

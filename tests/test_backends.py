@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import each_case, named
+from cases import CASES, each_case, named
 from fusedopt.kernels import backends
 from fusedopt.kernels.tables import CHUNK
 from single_step import checked_step, outputs
@@ -32,12 +32,12 @@ def draw(sizes, dtype):
     return [torch.randn(size if isinstance(size, tuple) else (size,)).to(dtype) for size in sizes]
 
 
-def run(case, backend, start, gradients, state_dtype=None):
+def run(case, backend, start, gradients, state_dtype=None, **options):
     """The parameters and states after a step with each of `gradients`, from `start`, on the CPU."""
     device = device_of(backend)
     # Every second tensor is unaligned, and its gradient otherwise than itself.
     params = [torch.nn.Parameter(unaligned(values.to(device), (0, 1, 0, 3, 1)[i % 5])) for i, values in enumerate(start)]
-    optimizer = case.make_ours(params)
+    optimizer = case.make_ours(params, **options)
     with backends.use(backend):
         for values in gradients:
             for i, (p, gradient) in enumerate(zip(params, values, strict=True)):
@@ -92,6 +92,16 @@ def test_equal_bits_of_mixed_dtypes(name, mixture, backend):
     of_parameter, of_gradient, of_state = mixture
     gradients = [draw(SIZES, of_gradient) for _ in range(STEPS)]
     check_against_numpy(named(name), backend, draw(SIZES, of_parameter), gradients, of_state)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
+@pytest.mark.parametrize("case", [case for case in CASES if "capturable" in case.argument_names], ids=str)
+def test_equal_bits_of_coefficients_from_the_device(case, dtype):
+    """With capturable=True the device counts steps, and computes in float64 what the host computes else."""
+    start, gradients = draw([3, 5], dtype), [draw([3, 5], dtype) for _ in range(20)]
+    right = run(case, "numpy", start, gradients)
+    assert_equal_bits(run(case, "triton", start, gradients, capturable=True), right)
 
 
 @each_compiled
