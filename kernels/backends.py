@@ -6,10 +6,12 @@ import contextlib
 import functools
 import importlib.util
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fusedopt.kernels import layout
@@ -59,6 +61,22 @@ def triton_obstacle() -> str | None:
     return None
 
 
+@functools.cache
+def half_obstacle() -> str | None:
+    """Return why Numba cannot convert float16 on this processor, or None."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return None
+    # Imported here, for the sake of parameters that are no halves.
+    from llvmlite import binding
+    from numba import config
+
+    name, features = vars(config)["CPU_NAME"], vars(config)["CPU_FEATURES"]
+    if "+f16c" in (features or "" if name or features else binding.get_host_cpu_features().flatten()):
+        return None
+    # Without the instructions LLVM calls a function that Numba does not have, and ends the process.
+    return "this processor has no instructions to convert float16 (F16C)"
+
+
 def choose(parameter: Tensor, gradient: Tensor | None) -> tuple[str, str]:
     """Return the name of the backend for ``parameter``, and the reason."""
     if _forced is not None:
@@ -68,7 +86,9 @@ def choose(parameter: Tensor, gradient: Tensor | None) -> tuple[str, str]:
     if not all(layout.is_plain_memory(tensor) for tensor in (parameter, gradient) if tensor is not None):
         return "tensor", f"{type(parameter).__name__} is not plain memory"
     if parameter.device.type == "cpu":
-        return "numba", "compiled kernel for CPUs"
+        halves = any(tensor is not None and tensor.dtype == torch.float16 for tensor in (parameter, gradient))
+        obstacle = half_obstacle() if halves else None
+        return ("tensor", obstacle) if obstacle else ("numba", "compiled kernel for CPUs")
     if parameter.device.type == "cuda":
         obstacle = triton_obstacle()
         return ("tensor", obstacle) if obstacle else ("triton", "compiled kernel for GPUs")

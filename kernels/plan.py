@@ -160,7 +160,7 @@ class _Part:
         if stand_ins:
             bucket.give_back(stand_ins, launch.kind.unscale)
         if not bucket.on_device:
-            bucket.steps.add_(1 if launch.active is self._everyone else torch.from_numpy(launch.active))
+            bucket.advance(launch.active)
         if bucket.by_address:
             torch.autograd.graph.increment_version(self._versioned)
             if launch.kind.unscale:
@@ -212,6 +212,8 @@ class Plan:
             kind = kind_of(update, member)
             if kind is None:
                 raise TypeError(describe_dtypes(member, update))
+            if name == "numba" and any(form.dtype == torch.float16 for form in kind.formats) and backends.half_obstacle():
+                name = "tensor"
             sorted_members.setdefault((name, member.parameter.device, kind, member.counted, member.capturable), []).append(member)
         self.parts = [
             _Part(Bucket(name, kind, group))  # type: ignore[arg-type]

@@ -216,6 +216,7 @@ class Bucket:
         #: What the backend keeps for this bucket.
         self.tables: Any = None
         self._rows: list[tuple[int, int]] | None = None
+        self._counts_version = -1
         self._row_of_tensor: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
 
     def _step_dtype(self) -> torch.dtype:
@@ -278,13 +279,18 @@ class Bucket:
                 else:
                     original.copy_(copy)
 
+    def advance(self, active: NDArray[numpy.bool_]) -> None:
+        """Count a step of the ``active`` tensors."""
+        self.steps.add_(1 if active.all() else torch.from_numpy(active))
+        self._counts_version = self.steps._version
+
     def rows(self, active: NDArray[numpy.bool_]) -> tuple[list[tuple[int, int]], NDArray[numpy.int64]]:
         """Return the distinct (group, tensor that represents it) of active tensors, and each tensor's index into them.
 
         Tensors of a group that have taken equally many steps share a row of coefficients.
         """
         everyone = bool(active.all())
-        if self._rows is not None and everyone:
+        if self._rows is not None and everyone and self.steps._version == self._counts_version:
             return self._rows, self._row_of_tensor
         keys = numpy.stack([self.groups, self.steps.numpy().astype(numpy.int64)])[:, active]
         _, first, inverse = numpy.unique(keys, axis=1, return_index=True, return_inverse=True)
@@ -292,6 +298,6 @@ class Bucket:
         rows = [(int(self.groups[index]), int(index)) for index in representatives]
         row_of_tensor = numpy.zeros(len(self.members), numpy.int64)
         row_of_tensor[active] = inverse.reshape(-1)
-        # All advance together, so the rows stay what they are until some tensor rests.
+        # All advance together, so the rows stay what they are until some tensor rests, or somebody writes a count.
         self._rows, self._row_of_tensor = (rows, row_of_tensor) if everyone else (None, row_of_tensor)
         return rows, row_of_tensor

@@ -49,10 +49,8 @@ class DecoupledSGD(torch.optim.Optimizer):
                     else:
                         old = state["momentum_buffer"]
                         state["momentum_buffer"] = momentum * old + (1 - group["dampening"]) * direction
-                    if group["nesterov"]:
-                        direction = direction + momentum * state["momentum_buffer"]
-                    else:
-                        direction = state["momentum_buffer"]
+                    buffer = state["momentum_buffer"]
+                    direction = direction + momentum * buffer if group["nesterov"] else buffer
                 p.copy_(p - lr * group["weight_decay"] * p - lr * direction)
 
 

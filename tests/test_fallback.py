@@ -250,3 +250,21 @@ def test_every_way_can_be_forced(name):
         results[way] = param.detach()
     assert torch.equal(results["numpy"], results["numba"])
     torch.testing.assert_close(results["tensor"], results["numba"])
+
+
+def test_halves_on_a_processor_without_conversions(monkeypatch):
+    """LLVM would call a function that is not there, and end the process."""
+    monkeypatch.setattr(backends, "half_obstacle", lambda: "no F16C")
+    half, single = (torch.nn.Parameter(torch.ones(20, dtype=dtype)) for dtype in (torch.float16, torch.float32))
+    optimizer = fusedopt.AdamW([half, single], lr=0.1)
+    for p in (half, single):
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="no F16C"):
+        optimizer.step()
+    assert ["-> tensor" in line for line in optimizer.explain().splitlines()] == [True, False]
+    assert half[0].item() == single[0].half().item() != 1
+    # Halves among the states alone.
+    optimizer.state[single]["exp_avg"] = optimizer.state[single]["exp_avg"].half()
+    before = single.detach().clone()
+    optimizer.step()
+    assert (single != before).all()

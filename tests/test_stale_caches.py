@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusedopt
-from cases import draw_gradients, make_parameters, named
+from cases import copies, draw_gradients, make_parameters, named
 from single_step import checked_step
 from snapshot import Snapshot, same_bits
 
@@ -276,3 +276,19 @@ def test_optimizers_free_what_they_held():
     gc.collect()
     assert alive() is None
     assert state() is None
+
+
+def test_counts_that_somebody_writes_hold_for_their_parameter_alone():
+    params = make_parameters([(9,), (9,), (9,)])
+    plain = copies(params)
+    optimizer, expected = fusedopt.Adam(params, lr=0.1), torch.optim.Adam(plain, lr=0.1, foreach=False)
+    for step in range(4):
+        draw_gradients(params, plain)
+        if step == 2:
+            optimizer.state[params[1]]["step"].fill_(7.0)
+            expected.state[plain[1]]["step"].fill_(7.0)
+        optimizer.step()
+        expected.step()
+    assert [state["step"].item() for state in optimizer.state.values()] == [4.0, 9.0, 4.0]
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
