@@ -208,6 +208,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         key = (updates, switches, [len(group["params"]) for group in groups], backends.state())
         prepared = self._prepared
         by_part = None
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if capturing:
+            self._check_capture()
         if (
             prepared is not None
             and prepared.plan is not None
@@ -216,6 +219,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         ):
             by_part = prepared.plan.gradients(gradients)
         if by_part is None or prepared is None:
+            if capturing:
+                raise RuntimeError(
+                    f"a CUDA graph captures a step of {type(self).__name__} that has not been planned: take a step outside of the "
+                    "capture first, with the same parameters, groups and kinds of gradients"
+                )
             prepared = self._prepare(parameters, gradients, updates, key)
             assert prepared.plan is not None
             by_part = prepared.plan.gradients(gradients)
@@ -229,6 +237,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         prepared.plan.run(launches)
         for wave in prepared.waves:
             self._run_wave(wave, parameters, gradients, updates, hyperparameters, loss_scale)
+
+    def _check_capture(self) -> None:
+        # A rule that counts steps would have its bias corrections frozen in the graph.
+        if self._counts_steps and not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but param_groups' capturable "
+                "is False: construct the optimizer with capturable=True"
+            )
 
     def _loss_scale(self) -> LossScale | None:
         # torch.amp.GradScaler sets both for the time of the step.

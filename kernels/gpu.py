@@ -208,7 +208,7 @@ class _Tables:
     def __init__(self, bucket: Bucket) -> None:
         self.device = bucket.parameters[0].device
         self.sizes = torch.from_numpy(bucket.sizes).to(self.device)
-        self.ring = Ring(self.device, bucket.on_device)
+        self.ring = Ring(self.device)
         self._chunks: dict[bytes, list[tuple[bool, Tensor]]] = {}
         #: The coefficients that the device computes for itself, one row a tensor.
         dtype = bucket.kind.compute.dtype

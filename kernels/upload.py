@@ -52,14 +52,12 @@ class Ring:
 
     Args:
         device: where the tables go.
-        capturable: whether steps may be captured in CUDA graphs; slots for that are set aside beforehand, because nothing
-            can be allocated or waited for during a capture.
     """
 
-    def __init__(self, device: torch.device, capturable: bool) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._slots: list[Slot] = []
-        self._set_aside = _CAPTURED_STEPS if capturable else 0
+        # Set aside beforehand: during a capture nothing can be allocated or waited for.
         self._spare: list[Slot] = []
         self._captured: list[Slot] = []
 
@@ -80,7 +78,7 @@ class Ring:
     def _next_slot(self, words: int) -> Slot:
         if self._slots and self._slots[0].pinned.numel() < words:
             self._slots, self._spare = [], []
-        while len(self._spare) < self._set_aside:
+        while len(self._spare) < _CAPTURED_STEPS:
             self._spare.append(Slot(words, self._device))
         if len(self._slots) < _SLOTS:
             self._slots.append(Slot(words, self._device))

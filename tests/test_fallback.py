@@ -9,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import fusedopt
 from cases import CASES, copies, draw_gradients, make_parameters, named
 from fusedopt.kernels import backends
-from snapshot import same_bits
+from snapshot import refused, same_bits
 from wrapped import WrappedTensor
 
 CLASSES = ["SGD", "Adam", "AdamW", "Momentum"]
@@ -268,3 +268,14 @@ def test_halves_on_a_processor_without_conversions(monkeypatch):
     before = single.detach().clone()
     optimizer.step()
     assert (single != before).all()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_steps_that_a_graph_cannot_capture_are_refused(name, monkeypatch):
+    """A graph would replay frozen bias corrections, or addresses that were never uploaded. The device is pretended."""
+    params = make_parameters([(5,)])
+    draw_gradients(params)
+    optimizer = getattr(fusedopt, name)(params, lr=0.1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    refused(optimizer, match="capturable" if name in ("Adam", "AdamW") else "outside of the capture first")
