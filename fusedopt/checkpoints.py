@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ def without_shared_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
     state = state_dict.get("state")
     if not isinstance(state, dict):
         return state_dict
-    return {**state_dict, "state": {key: _without_shared_step(value) for key, value in state.items()}}
+    copies = {key: _without_shared_step(value) for key, value in state.items()}
+    return {**state_dict, "state": defaultdict(dict, copies) if isinstance(state, defaultdict) else copies}
 
 
 def _without_shared_step(value: Any) -> Any:

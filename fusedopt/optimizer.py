@@ -161,6 +161,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return the state as torch.optim does; step counts are copies."""
         return checkpoints.without_shared_steps(super().state_dict())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return checkpoints.without_shared_steps(super().__getstate__())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this class or torch's has written, by copy.
 
@@ -205,6 +208,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if loss_scale is not None and not any(map(backends.decides_on_device, parameters)) and loss_scale.skips():
             return
         updates, switches = self._updates()
+        hyperparameters = self._hyperparameters(updates)
         key = (updates, switches, [len(group["params"]) for group in groups], backends.state())
         prepared = self._prepared
         by_part = None
@@ -228,7 +232,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             assert prepared.plan is not None
             by_part = prepared.plan.gradients(gradients)
             assert by_part is not None
-        hyperparameters = self._hyperparameters(updates)
         assert prepared.plan is not None
         launches = prepared.plan.launches(by_part, hyperparameters, loss_scale)
         if prepared.torch_indices:  # before the kernels, for it checks while it goes
@@ -364,16 +367,19 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _known(self, parameters: list[Tensor], updates: list[Update]) -> set[int]:
         """Return the indices of parameters that rest at present, but have stepped before."""
+        before = self._prepared
+        stepped: set[int] = set()
+        if before is not None and _same_objects(before.parameters, parameters):
+            stepped = before.indices - before.torch_indices
         known, index = set(), 0
         for group, update in zip(self.param_groups, updates, strict=True):
             for parameter in group["params"]:
-                state = self.state.get(parameter)
-                if state and all(isinstance(state.get(name), Tensor) for name in update.states):
+                state = self.state.get(parameter) or {}
+                # Where a state belongs to the rule, only one that is whole tells; without, only the last plan does.
+                stateful = self._counts_steps or update.states
+                if bool(state) and all(isinstance(state.get(n), Tensor) for n in update.states) if stateful else index in stepped:
                     known.add(index)
                 index += 1
-        before = self._prepared
-        if before is not None and before.plan is not None and _same_objects(before.parameters, parameters):
-            known |= before.indices - before.torch_indices
         return known
 
     def _warn(self, reason: str) -> None:

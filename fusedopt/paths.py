@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fusedopt.kernels import backends, layout
 from fusedopt.kernels.tables import BY_ADDRESS
@@ -61,16 +62,14 @@ def check(index: int, parameter: Tensor, gradient: Tensor | None, group: dict[st
     if parameter.device.type == "meta":
         prefix = f"{_SUPPORTED}, but " if group["fused"] else ""
         raise RuntimeError(f"{prefix}{what} has no memory: call to_empty() and initialise it before the first step with a gradient")
-    if path == "torch":
-        return
-    if not (parameter.is_floating_point() or parameter.is_complex()):
+    if path != "torch" and not (parameter.is_floating_point() or parameter.is_complex()):
         raise RuntimeError(f"{_SUPPORTED}, but {what} is not floating point: convert it, or leave it out of the optimizer")
     if group["fused"] and path == "tensor" and not backends.disabled():
         raise RuntimeError(
             f"{_SUPPORTED}, but no kernel can update {what}: {backends.choose(parameter, gradient)[1]}; construct the "
             "optimizer with fused=None, which takes a slower path where no kernel serves"
         )
-    if layout.overlaps_itself(parameter):
+    if parameter.layout == torch.strided and layout.overlaps_itself(parameter):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location: "
             f"{what} has strides {parameter.stride()}; clone() it before making it a parameter"
@@ -90,11 +89,11 @@ def explain(optimizer: FusedOptimizer) -> str:
         for parameter, name in zip(group["params"], names, strict=True):
             try:
                 path, reason = choose(optimizer, parameter, parameter.grad, group)
-                check(len(lines), parameter, parameter.grad, group, path)
+                if not is_lazy(parameter):
+                    check(len(lines), parameter, parameter.grad, group, path)
             except RuntimeError as error:
                 path, reason = "error", str(error)
+            shape = "not known yet" if is_lazy(parameter) else tuple(parameter.shape)
             dtype = str(parameter.dtype).removeprefix("torch.")
-            lines.append(
-                f"group {number}, {name}: shape {tuple(parameter.shape)}, {dtype}, {parameter.device} -> {path} ({reason})"
-            )
+            lines.append(f"group {number}, {name}: shape {shape}, {dtype}, {parameter.device} -> {path} ({reason})")
     return "\n".join(lines)

@@ -32,9 +32,15 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return a.numel() == 0 or all(s == t for n, s, t in strides if n != 1)
 
 
+def is_literal(tensor: Tensor) -> bool:
+    """Whether the memory of ``tensor`` holds its numbers, and not their conjugates or negatives."""
+    return not (tensor.is_neg() or tensor.is_conj())
+
+
 def real(tensor: Tensor) -> Tensor:
-    """Return ``tensor``, or a view of its real and imaginary parts."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    """Return the numbers of ``tensor``, of a complex one its real and imaginary parts; a view where its memory holds them."""
+    literal = tensor.resolve_conj().resolve_neg()
+    return torch.view_as_real(literal) if literal.is_complex() else literal
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -35,7 +35,7 @@ class _Part:
         self._gradient_patterns: dict[bytes, layout.Metadata] = {}
         self._gradient_addresses: list[int] = []
         planned = [torch.empty_like(m.parameter, device="meta") if m.gradient is None else m.gradient for m in bucket.members]
-        self._planned = [(tensor.dtype, tensor.layout, tensor.shape, tensor.stride()) for tensor in planned]
+        self._planned = [_description(tensor) for tensor in planned]
         for member in bucket.members:
             member.gradient = None  # a plan outlives gradients, and must not keep their memory
         self._ready: set[Kind] = set()
@@ -84,10 +84,7 @@ class _Part:
         if known is not None:
             return own if known.matches(present) else None  # type: ignore[arg-type]
         for gradient, parameter, planned in zip(own, self.bucket.parameters, self._planned, strict=True):
-            if gradient is not None and (
-                (gradient.dtype, gradient.layout, gradient.shape, gradient.stride()) != planned
-                or gradient.device != parameter.device
-            ):
+            if gradient is not None and (_description(gradient) != planned or gradient.device != parameter.device):
                 return None
         if len(self._gradient_patterns) >= _PATTERNS:
             self._gradient_patterns.clear()
@@ -165,6 +162,11 @@ class _Part:
             torch.autograd.graph.increment_version(self._versioned)
             if launch.kind.unscale:
                 torch.autograd.graph.increment_version([g for g in launch.gradients if g is not None])
+
+
+def _description(gradient: Tensor) -> tuple[object, ...]:
+    strides = gradient.stride() if gradient.layout == torch.strided else None
+    return gradient.dtype, gradient.layout, gradient.shape, strides, layout.is_literal(gradient)
 
 
 def _all_present(gradients: Sequence[Tensor | None]) -> bool:

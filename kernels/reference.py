@@ -20,24 +20,24 @@ def _run(bucket: Bucket, launch: Launch, names: dict[str, Any], to_array: Any, t
     for index, gradient in enumerate(launch.gradients):
         if gradient is None:
             continue
-        written = [layout.real(column[index]) for column in (bucket.parameters, *bucket.states)]
-        gradient = layout.real(gradient)
+        written = [column[index] for column in (bucket.parameters, *bucket.states)]
         row = to_scalars(launch.coefficients[launch.row_of_tensor[index]])
-        p, g, *states = (to_array(tensor.detach().to(compute)) for tensor in (written[0], gradient, *written[1:]))
+        p, g, *states = (to_array(layout.real(tensor.detach()).to(compute)) for tensor in (written[0], gradient, *written[1:]))
         inverse_scale, *coefficients = row
         if launch.kind.unscale:
             g = inverse_scale * g
-            _store(gradient, to_tensor(g), bucket.parameters[index])
+            unscaled = _as_stored(to_tensor(g), gradient)
+            if layout.overlaps_itself(gradient):  # an expanded gradient cannot hold it
+                bucket.parameters[index].grad = unscaled
+            else:
+                gradient.copy_(unscaled)
         new = launch.kind.update.apply(names, p, g, states, coefficients)
         for tensor, array in zip(written, new, strict=True):
-            tensor.copy_(to_tensor(array))
+            tensor.copy_(_as_stored(to_tensor(array), tensor))
 
 
-def _store(gradient: Tensor, value: Tensor, parameter: Tensor) -> None:
-    if layout.overlaps_itself(gradient):  # an expanded gradient cannot hold it
-        parameter.grad = torch.view_as_complex(value) if parameter.is_complex() else value.to(gradient.dtype)
-    else:
-        gradient.copy_(value)
+def _as_stored(value: Tensor, like: Tensor) -> Tensor:
+    return torch.view_as_complex(value.contiguous()).to(like.dtype) if like.is_complex() else value.to(like.dtype)
 
 
 def run_on_arrays(bucket: Bucket, launch: Launch) -> None:

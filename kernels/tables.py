@@ -209,7 +209,7 @@ class Bucket:
             self._read_addresses()
             self.stands_in = self._find_stand_ins()
         # One vector of step counts, which a single addition advances.
-        self.steps = torch.tensor([member.step for member in members], dtype=self._step_dtype())
+        self.steps = torch.tensor([member.step for member in members], dtype=self._step_dtype(), device="cpu")
         self.step_views = list(self.steps.unbind())
         #: Whether the device counts steps and computes coefficients by itself.
         self.on_device = False
@@ -245,7 +245,7 @@ class Bucket:
             dense = torch.empty_like(member.parameter, device="meta")
             arrays = (member.parameter, member.gradient, *(column[index] for column in self.states))
             for row, tensor in enumerate(arrays):
-                if tensor is not None and not layout.same_layout(tensor, dense):
+                if tensor is not None and not (layout.same_layout(tensor, dense) and layout.is_literal(tensor)):
                     found.append((row, index))
         return found
 

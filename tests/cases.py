@@ -111,9 +111,14 @@ def named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-def make_parameters(shapes: Sequence[int | tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list:
+def device_of(backend: str) -> str:
+    """Where a backend is tried: Triton's kernels on the GPU, or in the interpreter on CPU tensors."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def make_parameters(shapes: Sequence[int | tuple[int, ...]], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list:
     """Standard normal parameters of these shapes, from torch's seeded generator."""
-    return [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
+    return [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64).to(device, dtype)) for shape in shapes]
 
 
 def copies(params: Iterable[torch.Tensor], dtype: torch.dtype | None = None) -> list:
@@ -126,4 +131,4 @@ def draw_gradients(*parameter_lists: Sequence[torch.Tensor]) -> None:
     for params in zip(*parameter_lists, strict=True):
         values = torch.randn(params[0].shape, dtype=torch.float64).to(params[0].dtype)
         for p in params:
-            p.grad = values.to(p.dtype, copy=True)
+            p.grad = values.to(p, copy=True)

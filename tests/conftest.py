@@ -71,9 +71,3 @@ def poison(dtype):
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     return True if dtype == torch.bool else torch.iinfo(dtype).max
-
-
-@pytest.fixture
-def device():
-    """Where Triton's kernels are tried: the GPU, or CPU tensors in the interpreter."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import CASES, each_case, named
+from cases import CASES, device_of, each_case, named
 from fusedopt.kernels import backends
 from fusedopt.kernels.tables import CHUNK
 from single_step import checked_step, outputs
@@ -16,10 +16,6 @@ LARGE_SIZES = [CHUNK - 1, CHUNK + 1, 2**18 + 3]
 SPECIAL = [0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-40, -1e-45, 1e-23, 6e-8, 1e19, -3e38, 65504.0]
 
 each_compiled = pytest.mark.parametrize("backend", ["numba", pytest.param("triton", marks=pytest.mark.triton)])
-
-
-def device_of(backend):
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def unaligned(values, offset):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from child import output
 
 FORKS = """
-    import os, sys
+    import os, sys, threading
     import torch
     import fusedopt
 
@@ -37,6 +37,7 @@ def test_a_forked_child_steps_and_ends_cleanly():
         torch.set_num_threads(2)
         optimizer.step()
         optimizer.step()
+        assert any(thread.name.startswith("fusedopt") for thread in threading.enumerate())  # a pool of its own
         torch.set_num_threads(1)
         fusedopt.Adam([param], lr=0.1, amsgrad=True).step()  # a kernel that the parent has not loaded
         return param.detach()

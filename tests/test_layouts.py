@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cases import draw_gradients, each_case, make_parameters, named
+from cases import device_of, draw_gradients, each_case, make_parameters, named
 from fusedopt.kernels import backends
 from layouts import LAYOUTS, READ_LAYOUTS, is_untouched
 from single_step import checked_step, outputs
@@ -42,10 +42,10 @@ def run_contiguous(case, start, gradients):
     return outputs(optimizer, p)
 
 
-def check_layouts(case, layout, gradient_layouts, state_layouts, dtype=torch.float32):
+def check_layouts(case, layout, gradient_layouts, state_layouts, dtype=torch.float32, device="cpu"):
     """All gradient and state layouts under one parameter layout, in one optimizer."""
-    start = torch.randn(SHAPE).to(dtype)
-    gradients = gradient_values(dtype)
+    start = torch.randn(SHAPE).to(device, dtype)
+    gradients = [gradient.to(device) for gradient in gradient_values(dtype)]
     right = run_contiguous(case, start, gradients)
     combinations = list(itertools.product(gradient_layouts, state_layouts))
     params = [torch.nn.Parameter(LAYOUTS[layout](start)) for _ in combinations]
@@ -83,7 +83,7 @@ def test_layouts_of_other_dtypes(name, layout, dtype):
 def test_layouts_on_other_backends(layout, backend):
     with backends.use(backend):
         some = ["channels_last", "every_second_column", "unaligned_by_1"]
-        check_layouts(named("adam-amsgrad-l2"), layout, [*some, "expanded"], some)
+        check_layouts(named("adam-amsgrad-l2"), layout, [*some, "expanded"], some, device=device_of(backend))
 
 
 @each_parameter_layout
@@ -115,7 +115,7 @@ def test_states_loaded_with_other_strides(name, layout):
 def test_sizes_of_zero_and_dimensions_of_zero(case, backend):
     """Alone, many in a row, first, last and between others: none consumes a place in the tables."""
     for shapes in ([()], [(0,)], [(0,), (3, 0, 2), (0,), (), (5,), (0,), (1, 1, 1), (2, 3), (0, 4)]):
-        params = make_parameters(shapes)
+        params = make_parameters(shapes, device=device_of(backend))
         optimizer = case.make_ours(params)
         with backends.use(backend):
             for _ in range(2):
