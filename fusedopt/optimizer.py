@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,60 +20,10 @@ from fusedopt.kernels.plan import Plan, waves
 from fusedopt.kernels.rule import Rule, Update, no_decay
 from fusedopt.kernels.rules import decoupled_decay, l2_decay
 from fusedopt.kernels.tables import Hyperparameters, LossScale, Member
+from fusedopt.prepared import Prepared, TorchView, same_objects
 
 #: Options that choose an implementation. They are this optimizer's own, whatever checkpoint is loaded.
 IMPLEMENTATION_OPTIONS = ("fused", "foreach", "differentiable", "capturable")
-
-
-class _TorchView:
-    """The optimizer as torch's own step sees it: with some of the parameters, and without the gradient scaler."""
-
-    grad_scale = None
-    found_inf = None
-
-    def __init__(self, optimizer: torch.optim.Optimizer, param_groups: list[dict[str, Any]]) -> None:
-        self._optimizer = optimizer
-        self.param_groups = param_groups
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
-
-
-class _Prepared:
-    """A plan for the parameters of an optimizer, and what it was made for."""
-
-    def __init__(self, parameters: list[Tensor], key: object) -> None:
-        self.parameters = parameters
-        self.key = key
-        self.plan: Plan | None = None
-        #: Parameters that share memory, one wave after the other; planned anew each time.
-        self.waves: list[list[int]] = []
-        #: Indices of the parameters that torch's own implementation updates, and of all that are updated at all.
-        self.torch_indices: set[int] = set()
-        self.indices: set[int] = set()
-        self.state: object = None
-        self.state_dicts: list[Any] = []
-
-    def holds(self, parameters: list[Tensor], key: object, state: dict[Tensor, Any]) -> bool:
-        return (
-            self.key == key
-            and self.state is state
-            and _same_objects(self.parameters, parameters)
-            and _same_objects(self.state_dicts, list(state.values()))
-        )
-
-    def covers(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether every parameter with a gradient was there to be planned for."""
-        return len(self.indices) == len(gradients) or all(
-            index in self.indices for index, gradient in enumerate(gradients) if gradient is not None
-        )
-
-    def watch(self, state: dict[Tensor, Any]) -> None:
-        self.state, self.state_dicts = state, list(state.values())
-
-
-def _same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _levels_to_caller() -> int:
@@ -120,7 +69,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: What to say of sparse gradients; None if torch's own implementation takes them.
     _sparse_message: ClassVar[str | None] = None
 
-    _prepared: _Prepared | None = None
+    _prepared: Prepared | None = None
     _warned: frozenset[str] = frozenset()
 
     def _update(self, group: dict[str, Any], decays: bool) -> Update:
@@ -131,7 +80,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return which option of ``group`` torch's own implementation does not know, or None."""
         return None
 
-    # --- what torch.optim.Optimizer promises ------------------------------------------------------------------------------
+    # --- what torch.optim.Optimizer promises ---
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -290,8 +239,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss_scale.unscale([parameters[i] for i in wave if id(gradients[i]) not in earlier])
                 gradients = [p.grad for p in parameters]
             loss_scale = LossScale(loss_scale.found_inf, None)
-        group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-        members = [self._member(parameters[i], i, gradients[i], group_of[i], updates[group_of[i]]) for i in wave]
+        group = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        members = [self._member(parameters[i], i, gradients[i], group[i], updates[group[i]]) for i in wave]
         names = [backends.choose(parameters[i], gradients[i])[0] for i in wave]
         plan = Plan(members, updates, names)
         self._attach(plan, members)
@@ -311,7 +260,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             {**group, "params": [p for p in group["params"] if id(p) in chosen], "fused": False} for group in self.param_groups
         ]
         # Without the wrapper that runs hooks, which torch puts around the step of each class it has built.
-        inspect.unwrap(self._torch_class.step)(_TorchView(self, groups))
+        inspect.unwrap(self._torch_class.step)(TorchView(self, groups))
 
     # --- planning ---------------------------------------------------------------------------------------------------------
 
@@ -333,8 +282,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state[member.parameter] = member.state
         plan.attach()
 
-    def _prepare(self, parameters: list[Tensor], gradients: list[Tensor | None], updates: list[Update], key: object) -> _Prepared:
-        prepared = _Prepared(parameters, key)
+    def _prepare(self, parameters: list[Tensor], gradients: list[Tensor | None], updates: list[Update], key: object) -> Prepared:
+        prepared = Prepared(parameters, key)
         known = self._known(parameters, updates)
         members, names, index = [], [], 0
         for number, group in enumerate(self.param_groups):
@@ -369,7 +318,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return the indices of parameters that rest at present, but have stepped before."""
         before = self._prepared
         stepped: set[int] = set()
-        if before is not None and _same_objects(before.parameters, parameters):
+        if before is not None and same_objects(before.parameters, parameters):
             stepped = before.indices - before.torch_indices
         known, index = set(), 0
         for group, update in zip(self.param_groups, updates, strict=True):

@@ -34,6 +34,7 @@ class Decay:
 
     def __post_init__(self) -> None:
         source.check(self.update, results=2)
+        source.check_coefficients(self.coefficients, source.parameters(self.update)[2:], self.update.__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,8 @@ class Rule:
         states: names of the states, of the parameter's shape each, zero at first.
 
     Raises:
-        RuleError: if ``update`` is not what every backend can compile; names the line and the remedy.
+        RuleError: if ``update`` is not what every backend can compile, or asks for what it is not given; names the line and
+            the remedy.
     """
 
     update: Callable[..., Any]
@@ -63,6 +65,7 @@ class Rule:
                 f"{list(self.states)}, but takes {', '.join(source.parameters(self.update))}: name each state that it needs "
                 "in `states=`"
             )
+        source.check_coefficients(self.coefficients, source.parameters(self.update)[len(expected) :], self.update.__name__)
 
 
 def _no_decay(p, g):  # type: ignore[no-untyped-def]

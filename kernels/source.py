@@ -93,6 +93,19 @@ def check(function: Callable[..., Any], results: int | None = None) -> None:
         check(helper)
 
 
+def check_coefficients(function: Callable[..., Any], names: Sequence[str], of: str) -> None:
+    """Raise :class:`RuleError` unless ``function`` returns a tuple of as many values as there are ``names``."""
+    last = tree(function).body[-1]
+    value = last.value if isinstance(last, ast.Return) else None
+    found = len(value.elts) if isinstance(value, ast.Tuple) else None
+    if found != len(names):
+        raise RuleError(
+            f"{inspect.getsourcefile(function)}:{last.lineno}: the rule {of!r} takes the coefficients "
+            f"{', '.join(names) or 'none'}, but {function.__name__!r} returns {'no tuple' if found is None else found}: return "
+            "one value for each, in order, as a tuple written out, or declare in `states=` what is a state"
+        )
+
+
 def _check_expression(part: ast.AST, known: set[str], refuse: Callable[[ast.AST, str, str], None]) -> None:
     if isinstance(part, ast.Constant):
         refuse(part, f"holds the literal {part.value!r}", "make it a coefficient (Numba would compute in float64)")

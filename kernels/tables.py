@@ -209,8 +209,9 @@ class Bucket:
             self._read_addresses()
             self.stands_in = self._find_stand_ins()
         # One vector of step counts, which a single addition advances.
-        self.steps = torch.tensor([member.step for member in members], dtype=self._step_dtype(), device="cpu")
-        self.step_views = list(self.steps.unbind())
+        with torch.inference_mode(False), torch.no_grad():  # it outlives the mode, and is written outside of it
+            self.steps = torch.tensor([member.step for member in members], dtype=self._step_dtype(), device="cpu")
+            self.step_views = list(self.steps.unbind())
         #: Whether the device counts steps and computes coefficients by itself.
         self.on_device = False
         #: What the backend keeps for this bucket.
@@ -251,8 +252,9 @@ class Bucket:
 
     def count_on_device(self) -> None:
         """Move the step counts to the device of the parameters, for good."""
-        self.steps = self.steps.to(self.parameters[0].device)
-        self.step_views = list(self.steps.unbind())
+        with torch.inference_mode(False), torch.no_grad():
+            self.steps = self.steps.to(self.parameters[0].device)
+            self.step_views = list(self.steps.unbind())
         self.on_device = True
 
     def stand_in(self, launch: Launch) -> list[tuple[Tensor, Tensor, int, int]]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
+
 from child import output
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not forked, or not safely")
 
 FORKS = """
     import os, sys, threading

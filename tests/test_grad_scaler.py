@@ -104,13 +104,14 @@ def test_scaled_steps_on_a_gpu_do_not_wait_for_it(case, found_inf):
     params = [p.detach().cuda().requires_grad_() for p in make_parameters(SHAPES)]
     plain = copies(params)
     optimizer, expected = case.make_ours(params), case.make_ours(plain)
-    for each in (params, plain):  # the first step compiles and fills tables
+    for each in (params, plain):
         for p in each:
             p.grad = torch.ones_like(p)
-    optimizer.step()
+    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
+    optimizer.step()  # compiles, fills tables, and begins to count on the device
     expected.step()
-    optimizer.grad_scale = torch.tensor(4.0, device="cuda")
-    optimizer.found_inf = torch.tensor(found_inf, device="cuda")
+    optimizer.grad_scale.fill_(4.0)
+    optimizer.found_inf.fill_(found_inf)
     for p in params:
         p.grad = torch.full_like(p, 4.0)
     torch.cuda.set_sync_debug_mode("error")

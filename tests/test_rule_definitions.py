@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from cases import copies, draw_gradients, make_parameters
-from snapshot import refused, same_bits
 
+from cases import copies, draw_gradients, make_parameters
 from fusedopt.kernels import backends
 from fusedopt.kernels.rule import Rule, Update
 from fusedopt.kernels.source import RuleError
 from fusedopt.optimizer import FusedOptimizer
+from snapshot import refused, same_bits
 
 
 def lr_alone(step, lr):
@@ -134,9 +134,7 @@ def optimizer_of(update):
         _counts_steps = False
 
         def __init__(self, params, lr):
-            super().__init__(
-                params, {"lr": lr, "weight_decay": 0, "maximize": False, "fused": None, "differentiable": False}
-            )
+            super().__init__(params, {"lr": lr, "weight_decay": 0, "maximize": False, "fused": None, "differentiable": False})
 
         def _update(self, group, decays):
             return update

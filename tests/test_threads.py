@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -72,6 +73,7 @@ def test_number_of_threads_follows_torch(torch_threads):
     assert {thread for thread in threading.enumerate() if thread.name.startswith("fusedopt")} == own
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="asks for settings that POSIX systems have")
 def test_nothing_of_the_process_is_changed():
     program = """
         import locale, os, signal, sys, threading, warnings

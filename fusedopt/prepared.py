@@ -1,0 +1,66 @@
+"""What an optimizer remembers between steps, and the view of it that torch's own step is given."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.kernels.plan import Plan
+
+
+class TorchView:
+    """The optimizer as torch's own step sees it: with some of the parameters, and without the gradient scaler."""
+
+    grad_scale = None
+    found_inf = None
+
+    def __init__(self, optimizer: torch.optim.Optimizer, param_groups: list[dict[str, Any]]) -> None:
+        self._optimizer = optimizer
+        self.param_groups = param_groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+class Prepared:
+    """A plan for the parameters of an optimizer, and what it was made for."""
+
+    def __init__(self, parameters: list[Tensor], key: object) -> None:
+        self.parameters = parameters
+        self.key = key
+        self.plan: Plan | None = None
+        #: Parameters that share memory, one wave after the other; planned anew each time.
+        self.waves: list[list[int]] = []
+        #: Indices of the parameters that torch's own implementation updates, and of all that are updated at all.
+        self.torch_indices: set[int] = set()
+        self.indices: set[int] = set()
+        self.state: object = None
+        self.state_dicts: list[Any] = []
+
+    def holds(self, parameters: list[Tensor], key: object, state: dict[Tensor, Any]) -> bool:
+        """Whether parameters, options and the dicts of states are those that were planned for."""
+        return (
+            self.key == key
+            and self.state is state
+            and same_objects(self.parameters, parameters)
+            and same_objects(self.state_dicts, list(state.values()))
+        )
+
+    def covers(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether every parameter with a gradient was there to be planned for."""
+        return len(self.indices) == len(gradients) or all(
+            index in self.indices for index, gradient in enumerate(gradients) if gradient is not None
+        )
+
+    def watch(self, state: dict[Tensor, Any]) -> None:
+        """Note the dicts of states as they are now."""
+        self.state, self.state_dicts = state, list(state.values())
+
+
+def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
+    """Whether two sequences hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
