@@ -11,9 +11,9 @@ from torch import nn
 def no_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two parameter groups: weights with ``weight_decay``; biases and the parameters of norms without.
 
-    A bias is what a module calls ``bias``, or ends in ``_bias`` or ``bias`` and a number; a norm is a module of torch.nn that
-    normalises, or one whose class name ends in ``Norm``; so is any parameter of fewer than two dimensions. Parameters that
-    need no gradient are left out; tied ones appear once.
+    A bias is what a module calls so, alone or between underscores (``bias``, ``in_proj_bias``, ``bias_k``); a norm is a module of
+    torch.nn that normalises, or one whose class name ends in ``Norm``; any parameter of fewer than two dimensions counts as well.
+    Parameters that need no gradient are left out; tied ones appear once.
 
     Args:
         model: whose parameters to sort.
@@ -33,7 +33,7 @@ def no_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            undecayed = parameter.ndim < 2 or "bias" in name or _is_norm(module)
+            undecayed = parameter.ndim < 2 or "bias" in name.split("_") or _is_norm(module)
             (kept if undecayed else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

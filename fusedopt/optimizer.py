@@ -16,7 +16,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from fusedopt import checkpoints, paths
 from fusedopt.kernels import backends
-from fusedopt.kernels.plan import Plan, waves
+from fusedopt.kernels.plan import Plan, check_member, waves
 from fusedopt.kernels.rule import Rule, Update, no_decay
 from fusedopt.kernels.rules import decoupled_decay, l2_decay
 from fusedopt.kernels.tables import Hyperparameters, LossScale, Member
@@ -71,6 +71,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _prepared: Prepared | None = None
     _warned: frozenset[str] = frozenset()
+    #: Plans whose tables CUDA graphs read when they are replayed; they must live as long.
+    _captured: Sequence[Plan] = ()
 
     def _update(self, group: dict[str, Any], decays: bool) -> Update:
         """Return the update of ``group``; ``decays`` tells whether any group has a weight decay."""
@@ -100,10 +102,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
-            self._step_uncompiled()
-        else:  # without the wrapper, which costs as much as a small kernel
-            self._step()
+        try:
+            if torch.compiler.is_compiling():
+                self._step_uncompiled()
+            else:  # without the wrapper, which costs as much as a small kernel
+                self._step()
+        except BaseException:
+            # A gradient scaler takes these back after a good step alone; the next step may be none of its.
+            vars(self).pop("found_inf", None)
+            vars(self).pop("grad_scale", None)
+            raise
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,6 +175,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if (
             prepared is not None
             and prepared.plan is not None
+            and not prepared.waves  # whose plans are made, and so checked, anew
             and prepared.holds(parameters, key, self.state)
             and prepared.covers(gradients)
         ):
@@ -177,18 +186,20 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"a CUDA graph captures a step of {type(self).__name__} that has not been planned: take a step outside of the "
                     "capture first, with the same parameters, groups and kinds of gradients"
                 )
-            prepared = self._prepare(parameters, gradients, updates, key)
+            prepared = self._prepare(parameters, gradients, updates, hyperparameters, key)
             assert prepared.plan is not None
             by_part = prepared.plan.gradients(gradients)
             assert by_part is not None
         assert prepared.plan is not None
+        if capturing and prepared.plan not in self._captured:
+            self._captured = [*self._captured, prepared.plan]
         launches = prepared.plan.launches(by_part, hyperparameters, loss_scale)
         if prepared.torch_indices:  # before the kernels, for it checks while it goes
             self._torch_step([parameters[i] for i in sorted(prepared.torch_indices)], loss_scale)
             prepared.watch(self.state)
         prepared.plan.run(launches)
         for wave in prepared.waves:
-            self._run_wave(wave, parameters, gradients, updates, hyperparameters, loss_scale)
+            self._run_wave(wave, prepared, gradients, updates, hyperparameters, loss_scale)
 
     def _check_capture(self) -> None:
         # A rule that counts steps would have its bias corrections frozen in the graph.
@@ -226,12 +237,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _run_wave(
         self,
         wave: list[int],
-        parameters: list[Tensor],
+        prepared: Prepared,
         gradients: list[Tensor | None],
         updates: list[Update],
         hyperparameters: list[Hyperparameters],
         loss_scale: LossScale | None,
     ) -> None:
+        parameters = prepared.parameters
         if loss_scale is not None:
             # The gradient of a parameter that is listed twice has been unscaled by its first step.
             earlier = {id(gradients[i]) for i in range(len(gradients)) if i not in wave}
@@ -239,10 +251,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss_scale.unscale([parameters[i] for i in wave if id(gradients[i]) not in earlier])
                 gradients = [p.grad for p in parameters]
             loss_scale = LossScale(loss_scale.found_inf, None)
-        group = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-        members = [self._member(parameters[i], i, gradients[i], group[i], updates[group[i]]) for i in wave]
-        names = [backends.choose(parameters[i], gradients[i])[0] for i in wave]
-        plan = Plan(members, updates, names)
+        group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        members = [self._member(parameters[i], i, gradients[i], group_of[i], updates[group_of[i]]) for i in wave]
+        plan = Plan(members, updates, [prepared.backends[i] for i in wave])
         self._attach(plan, members)
         by_part = plan.gradients(gradients)
         assert by_part is not None
@@ -282,31 +293,52 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state[member.parameter] = member.state
         plan.attach()
 
-    def _prepare(self, parameters: list[Tensor], gradients: list[Tensor | None], updates: list[Update], key: object) -> Prepared:
+    def _prepare(
+        self,
+        parameters: list[Tensor],
+        gradients: list[Tensor | None],
+        updates: list[Update],
+        hyperparameters: list[Hyperparameters],
+        key: object,
+    ) -> Prepared:
         prepared = Prepared(parameters, key)
         known = self._known(parameters, updates)
-        members, names, index = [], [], 0
-        for number, group in enumerate(self.param_groups):
+        members, index = [], 0
+        for number, (group, update) in enumerate(zip(self.param_groups, updates, strict=True)):
             for parameter in group["params"]:
                 gradient = gradients[index]
                 if gradient is not None or index in known:
-                    prepared.indices.add(index)
                     path, reason = paths.choose(self, parameter, gradient, group)
-                    paths.check(index, parameter, gradient, group, path)
-                    if path == "torch":
+                    member = None
+                    try:
+                        paths.check(index, parameter, gradient, group, path)
+                        if path != "torch":
+                            member = self._member(parameter, index, gradient, number, update)
+                            check_member(member, update, path)
+                    except RuntimeError:
+                        if gradient is not None:
+                            raise
+                        index += 1  # it rests, and may be as it likes until it has a gradient again
+                        continue
+                    prepared.indices.add(index)
+                    if member is None:
                         prepared.torch_indices.add(index)
+                        if gradient is not None and gradient.layout != torch.strided:
+                            prepared.sparse_indices.add(index)
                     else:
                         if path == "tensor" and group["fused"] is None and group.get("foreach") is None:
                             self._warn(reason)
-                        members.append(self._member(parameter, index, gradient, number, updates[number]))
-                        names.append(path)
+                        members.append(member)
+                        prepared.backends[index] = path
                 index += 1
         first, *later = waves(members)
-        chosen = dict(zip((member.index for member in members), names, strict=True))
         # Everything that can be refused is refused while planning, before a state is attached or a parameter changes.
-        plan = Plan(first, updates, [chosen[member.index] for member in first])
+        plan = Plan(first, updates, [prepared.backends[member.index] for member in first])
         for wave in later:
-            Plan(wave, updates, [chosen[member.index] for member in wave])
+            Plan(wave, updates, [prepared.backends[member.index] for member in wave])
+        for own, update in zip(hyperparameters, updates, strict=True):
+            if not any(isinstance(value, Tensor) for value in own.values):
+                update.coefficients(1.0, own.maximize, [float(value) for value in own.values])
         self._attach(plan, first)
         prepared.plan = plan
         prepared.waves = [[member.index for member in wave] for wave in later]

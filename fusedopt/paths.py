@@ -34,7 +34,10 @@ def choose(optimizer: FusedOptimizer, parameter: Tensor, gradient: Tensor | None
     """
     asked = _asked_for_torch(group, gradient)
     if asked is None:
-        return backends.choose(parameter, gradient)
+        name, reason = backends.choose(parameter, gradient)
+        if not (name == "tensor" and group.get("capturable") and parameter.device.type != "cpu"):
+            return name, reason
+        asked = f"capturable=True, and no kernel serves: {reason}"
     sparse = gradient is not None and gradient.layout != torch.strided
     if sparse and optimizer._sparse_message is not None:
         raise RuntimeError(optimizer._sparse_message)

@@ -38,6 +38,10 @@ class Prepared:
         #: Indices of the parameters that torch's own implementation updates, and of all that are updated at all.
         self.torch_indices: set[int] = set()
         self.indices: set[int] = set()
+        #: Those of torch's own that are there for a sparse gradient alone.
+        self.sparse_indices: set[int] = set()
+        #: The name of the backend of each other.
+        self.backends: dict[int, str] = {}
         self.state: object = None
         self.state_dicts: list[Any] = []
 
@@ -51,7 +55,11 @@ class Prepared:
         )
 
     def covers(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether every parameter with a gradient was there to be planned for."""
+        """Whether every parameter with a gradient was there to be planned for, and with a sparse one where that counts."""
+        for index in self.sparse_indices:
+            gradient = gradients[index]
+            if gradient is not None and gradient.layout == torch.strided:
+                return False
         return len(self.indices) == len(gradients) or all(
             index in self.indices for index, gradient in enumerate(gradients) if gradient is not None
         )

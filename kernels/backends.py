@@ -85,6 +85,8 @@ def choose(parameter: Tensor, gradient: Tensor | None) -> tuple[str, str]:
         return "tensor", "FUSEDOPT_DISABLE is set"
     if not all(layout.is_plain_memory(tensor) for tensor in (parameter, gradient) if tensor is not None):
         return "tensor", f"{type(parameter).__name__} is not plain memory"
+    if parameter.device.type == "cpu" and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "tensor", "NUMBA_DISABLE_JIT is set"
     if parameter.device.type == "cpu":
         halves = any(tensor is not None and tensor.dtype == torch.float16 for tensor in (parameter, gradient))
         obstacle = half_obstacle() if halves else None

@@ -138,12 +138,3 @@ def maximum(a, b):
 @njit(**JIT)
 def nonzero(x):
     return x != 0
-
-
-@njit(nogil=True, cache=True, **JIT)
-def spin_until(progress, address, target, limit):
-    """Wait until ``target`` chunks are done or ``limit`` looks were taken; return whether they are done."""
-    for _ in range(limit):
-        if fetch_add(address, 0) >= target:
-            return True
-    return False

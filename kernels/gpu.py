@@ -1,4 +1,8 @@
-"""The Triton backend: one launch over all chunks of a bucket, and what the host keeps on the device for it."""
+"""The Triton backend: a launch over all chunks of a bucket, and what the host keeps on the device for it.
+
+Tensors whose memory is not aligned to 16 bytes go into a launch of their own; where the device computes coefficients, a small
+launch goes before.
+"""
 
 from __future__ import annotations
 
@@ -200,6 +204,7 @@ def _prepare_kernel(kind: Kind) -> types.ModuleType:
 def prepare(kind: Kind) -> None:
     """Write out and import the kernels for buckets of ``kind``; Triton compiles them at their first launch."""
     _kernel(kind)
+    _prepare_kernel(kind)
 
 
 class _Tables:
@@ -210,6 +215,8 @@ class _Tables:
         self.sizes = torch.from_numpy(bucket.sizes).to(self.device)
         self.ring = Ring(self.device)
         self._chunks: dict[bytes, list[tuple[bool, Tensor]]] = {}
+        #: Whether a CUDA graph reads these tables, so that none may be freed.
+        self.captured = False
         #: The coefficients that the device computes for itself, one row a tensor.
         dtype = bucket.kind.compute.dtype
         self.coefficients = torch.zeros(
@@ -224,7 +231,7 @@ class _Tables:
         aligned = (launch.addresses % 16 == 0).all(axis=0)
         key = launch.active.tobytes() + aligned.tobytes()
         if key not in self._chunks:
-            if len(self._chunks) >= 16:
+            if len(self._chunks) >= 16 and not self.captured:
                 self._chunks.clear()
             table = chunk_table(bucket.sizes, BLOCK)
             table[:, 1] //= BLOCK
@@ -246,9 +253,11 @@ def _words(array: NDArray[Any]) -> NDArray[numpy.int64]:
 def run(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket`` in place, on the current stream of their device."""
     if bucket.tables is None:
-        bucket.tables = _Tables(bucket)
+        with torch.inference_mode(False):  # they outlive the mode
+            bucket.tables = _Tables(bucket)
     tables: _Tables = bucket.tables
     on_gpu = tables.device.type == "cuda"
+    tables.captured |= on_gpu and torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(tables.device) if on_gpu else contextlib.nullcontext():
         if launch.coefficients is None:
             addresses, rows, coefficients, slot = _prepare_on_device(bucket, launch, tables)

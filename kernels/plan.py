@@ -140,6 +140,7 @@ class _Part:
             if distance[index] != 0 and active[index]:
                 copy = gradients[index].clone()  # type: ignore[union-attr]
                 gradients[index], addresses[1, index] = copy, copy.data_ptr()
+                bucket.parameters[index].grad = copy  # which may be written as well, to unscale it
         if not across:
             self._gradient_addresses = found
 
@@ -208,12 +209,7 @@ class Plan:
         sorted_members: dict[tuple[object, ...], list[Member]] = {}
         for member, name in zip(members, names, strict=True):
             update = updates[member.group]
-            _check_states(member, update)
-            if name in BY_ADDRESS:
-                _check_memory(member, update)
-            kind = kind_of(update, member)
-            if kind is None:
-                raise TypeError(describe_dtypes(member, update))
+            kind = check_member(member, update, name)
             if name == "numba" and any(form.dtype == torch.float16 for form in kind.formats) and backends.half_obstacle():
                 name = "tensor"
             sorted_members.setdefault((name, member.parameter.device, kind, member.counted, member.capturable), []).append(member)
@@ -278,6 +274,22 @@ class Plan:
                 part.run(launch)
 
 
+def check_member(member: Member, update: Update, name: str) -> Kind:
+    """Return what ``member`` needs of the backend ``name``.
+
+    Raises:
+        RuntimeError: if a state is not of the parameter's shape or device, something has no memory or shares its own, or no
+            backend can store its dtypes.
+    """
+    _check_states(member, update)
+    if name in BY_ADDRESS:
+        _check_memory(member, update)
+    kind = kind_of(update, member)
+    if kind is None:
+        raise RuntimeError(describe_dtypes(member, update))
+    return kind
+
+
 def _check_states(member: Member, update: Update) -> None:
     parameter = member.parameter
     for name in update.states:
@@ -320,20 +332,26 @@ def describe_dtypes(member: Member, update: Update) -> str:
 
 
 def waves(members: Sequence[Member]) -> list[list[Member]]:
-    """Return ``members`` in waves: those that share memory with an earlier one step after it, as in torch's loop.
+    """Return ``members`` in waves: those that share memory or a state with an earlier one step after it, as in torch's loop.
 
     Args:
         members: in the order in which they step.
     """
     extents = numpy.array([layout.extent(member.parameter) for member in members], numpy.int64).reshape(-1, 2)
-    if len(members) < 2:
-        return [list(members)]
+    distinct = {id(member.parameter) for member in members}, {id(member.state) for member in members}
     order = numpy.lexsort((extents[:, 1], extents[:, 0]))
     starts, ends = extents[order].T
-    if not (starts[1:] < numpy.maximum.accumulate(ends)[:-1]).any():
+    apart = len(members) < 2 or not (starts[1:] < numpy.maximum.accumulate(ends)[:-1]).any()
+    if apart and all(len(each) == len(members) for each in distinct):
         return [list(members)]
     wave_of: list[int] = []
     for index, (start, end) in enumerate(extents.tolist()):
-        touching = [wave_of[earlier] for earlier in range(index) if start < extents[earlier, 1] and extents[earlier, 0] < end]
+        touching = [
+            wave_of[earlier]
+            for earlier in range(index)
+            if (start < extents[earlier, 1] and extents[earlier, 0] < end)
+            or members[earlier].parameter is members[index].parameter
+            or members[earlier].state is members[index].state
+        ]
         wave_of.append(1 + max(touching, default=-1))
     return [[m for m, own in zip(members, wave_of, strict=True) if own == wave] for wave in range(max(wave_of) + 1)]

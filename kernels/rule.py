@@ -124,7 +124,7 @@ class Update:
 
     @functools.cached_property
     def coefficient_count(self) -> int:
-        """The length of a row of coefficients."""
+        """How many coefficients an element takes; in a kernel's row the inverse loss scale stands before them."""
         return 1 + len(self.decay_names) + len(self.rule_names)
 
     @functools.cached_property

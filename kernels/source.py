@@ -228,11 +228,14 @@ def _load(name: str, content: str) -> types.ModuleType:
     if module_name in sys.modules:
         return sys.modules[module_name]
     path = cache_directory() / f"{stem}.py"
-    if not path.exists() or path.read_text(encoding="utf-8") != content:
+    if not path.exists() or path.read_bytes() != content.encode():
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=stem, suffix=".tmp")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-        Path(temporary).replace(path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content.encode())
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -162,14 +162,14 @@ class Launch:
     loss_scale: LossScale | None
 
 
-def kind_of(update: Update, member: Member, unscale: bool = False) -> Kind | None:
+def kind_of(update: Update, member: Member) -> Kind | None:
     """Return what ``member`` needs a kernel for, or None where its dtypes are not ones that kernels store."""
     gradient = member.parameter if member.gradient is None else member.gradient
     tensors = (member.parameter, gradient, *(member.tensor(name) for name in update.states))
     formats = tuple(FORMATS.get(real_dtype(tensor.dtype)) for tensor in tensors)
     if any(form is None for form in formats) or len({tensor.is_complex() for tensor in tensors}) > 1:
         return None
-    return Kind(update, formats, unscale)  # type: ignore[arg-type]
+    return Kind(update, formats)  # type: ignore[arg-type]
 
 
 def chunk_table(sizes: NDArray[numpy.int64], length: int) -> NDArray[numpy.int64]:
@@ -198,7 +198,8 @@ class Bucket:
         self.written = [*self.parameters, *(tensor for column in self.states for tensor in column)]
         # A complex element is two numbers.
         self.sizes = numpy.array([p.numel() * (2 if p.is_complex() else 1) for p in self.parameters], numpy.int64)
-        self.bytes = numpy.array([p.numel() * p.element_size() for p in self.parameters], numpy.int64)
+        # How far apart a gradient and its parameter lie if they do not overlap.
+        self.bytes = self.sizes * max(form.itemsize for form in kind.formats[:2])
         self.elements = int(self.sizes.sum())
         self.chunks = chunk_table(self.sizes, CHUNK)
         self.addresses = numpy.empty((2 + len(self.states), len(self.members)), numpy.int64)

@@ -17,8 +17,9 @@ class Slot:
     """One pinned buffer and the device's copy of it."""
 
     def __init__(self, words: int, device: torch.device) -> None:
-        self.pinned = torch.empty(words, dtype=torch.int64, pin_memory=True)
-        self.on_device = torch.empty(words, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # they outlive the mode
+            self.pinned = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
+            self.on_device = torch.empty(words, dtype=torch.int64, device=device)
         self.event: torch.cuda.Event | None = None
         self.length = 0
 
@@ -69,7 +70,7 @@ class Ring:
         """
         if self._device.type != "cuda":
             return HostSlot(words)
-        slot = self._captured_slot() if torch.cuda.is_current_stream_capturing() else self._next_slot(len(words))
+        slot = self._captured_slot(len(words)) if torch.cuda.is_current_stream_capturing() else self._next_slot(len(words))
         slot.length = len(words)
         slot.pinned[: slot.length].copy_(torch.from_numpy(words))
         slot.on_device[: slot.length].copy_(slot.pinned[: slot.length], non_blocking=True)
@@ -89,8 +90,8 @@ class Ring:
             slot.event.synchronize()  # the host may overwrite what has been copied, and read
         return slot
 
-    def _captured_slot(self) -> Slot:
-        if not self._spare:
+    def _captured_slot(self, words: int) -> Slot:
+        if not self._spare or self._spare[-1].pinned.numel() < words:
             raise RuntimeError(
                 "a step under capture found no buffer for its tables: take a step outside of captures first, and another "
                 f"after each {_CAPTURED_STEPS} captured ones"

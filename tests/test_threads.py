@@ -25,16 +25,18 @@ def torch_threads():
     torch.set_num_threads(before)
 
 
-def working_threads(optimizer):
+def working_threads(optimizer, rounds=20, enough=None):
     """Return how many threads a step comes to run on: those that have used processor time in it, at most."""
     clocks = {thread.ident: time.pthread_getcpuclockid(thread.ident) for thread in threading.enumerate()}
     most = 0
-    for _ in range(20):
+    for _ in range(rounds):
         before = {ident: time.clock_gettime(clock) for ident, clock in clocks.items()}
         optimizer.step()
         # The clock of a thread that waits stands still, but for the waking up.
         used = [time.clock_gettime(clock) - before[ident] for ident, clock in clocks.items()]
         most = max(most, sum(seconds > 3e-4 for seconds in used))
+        if most == enough:
+            break
     return most
 
 
@@ -65,11 +67,11 @@ def test_number_of_threads_follows_torch(torch_threads):
     own = {thread for thread in threading.enumerate() if thread.name.startswith("fusedopt")}
     assert own
     assert all(thread.daemon for thread in own)
-    assert working_threads(optimizer) == 2
+    assert working_threads(optimizer, rounds=300, enough=2) == 2  # a busy machine may keep the second away for long
     torch_threads(1)
     assert working_threads(optimizer) == 1
     torch_threads(2)
-    assert working_threads(optimizer) == 2
+    assert working_threads(optimizer, rounds=300, enough=2) == 2  # a busy machine may keep the second away for long
     assert {thread for thread in threading.enumerate() if thread.name.startswith("fusedopt")} == own
 
 
