@@ -97,7 +97,8 @@ averaged_momentum = Rule(_averaged_momentum, _averaged_momentum_coefficients, st
 def _adam(p, g, exp_avg, exp_avg_sq, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps):
     # Not exp_avg + (1 - beta1) (g - exp_avg): at small beta1 that loses a small gradient beside a large average.
     exp_avg = beta1 * exp_avg + one_minus_beta1 * g
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
+    # From the left: the square of 1e20 alone would overflow float32.
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g
     return p - step_size * (exp_avg / (sqrt(exp_avg_sq) + eps)), exp_avg, exp_avg_sq
 
 
@@ -114,7 +115,8 @@ adam = Rule(_adam, _adam_coefficients, states=("exp_avg", "exp_avg_sq"))
 
 def _amsgrad(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps):
     exp_avg = beta1 * exp_avg + one_minus_beta1 * g
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
+    # From the left: the square of 1e20 alone would overflow float32.
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     return p - step_size * (exp_avg / (sqrt(max_exp_avg_sq) + eps)), exp_avg, exp_avg_sq, max_exp_avg_sq
 

@@ -119,6 +119,18 @@ def test_random_hyperparameters(case, data):
         checked_step(case, optimizer)
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e20])
+@each_case
+def test_very_small_and_very_large_gradients(case, scale):
+    """The square of 1e20 overflows float32, but not (1 - beta2) times it, as torch computes it."""
+    params = make_parameters([67])
+    optimizer = case.make_ours(params)
+    for _ in range(2):
+        draw_gradients(params)
+        params[0].grad.clamp_(-3, 3).mul_(scale)
+        checked_step(case, optimizer)
+
+
 @each_case
 def test_float64_stays_with_torch_over_many_steps(case):
     """No drift: what is allowed in one step does not add up in one direction."""
