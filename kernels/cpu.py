@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedopt.kernels import generate, source
+from fusedopt.kernels.tables import CHUNK
 
 if TYPE_CHECKING:
     from fusedopt.kernels.tables import Kind, Launch
@@ -40,19 +41,21 @@ def update_chunk(addresses, tensor, start, count, c):
 
 
 @njit(
-    "void(int64[:, ::1], int64[:, ::1], int64[::1], {compute}[:, ::1], int64[::1], int64, int64)",
+    "void(int64[:, ::1], int64[:, ::1], int64[::1], {compute}[:, ::1], int64, int64[::1], int64, int64)",
     nogil=True,
     cache=True,
     **JIT
 )
-def run(addresses, chunks, row_of_tensor, coefficients, progress, claimed, done):
+def run(addresses, chunks, row_of_tensor, coefficients, batch, progress, claimed, done):
     while True:
-        chunk = runtime.fetch_add(claimed, 1)
-        if chunk >= chunks.shape[0]:
+        first = runtime.fetch_add(claimed, batch)
+        last = min(first + batch, chunks.shape[0])
+        if first >= last:
             return
-        tensor = chunks[chunk, 0]
-        update_chunk(addresses, tensor, chunks[chunk, 1], chunks[chunk, 2], coefficients[row_of_tensor[tensor]])
-        runtime.fetch_add(done, 1)
+        for chunk in range(first, last):
+            tensor = chunks[chunk, 0]
+            update_chunk(addresses, tensor, chunks[chunk, 1], chunks[chunk, 2], coefficients[row_of_tensor[tensor]])
+        runtime.fetch_add(done, last - first)
 '''
 
 
@@ -103,5 +106,8 @@ def run(launch: Launch) -> None:
     """Update the active tensors of a launch in place."""
     from fusedopt.kernels import threads
 
-    arguments: tuple[Any, ...] = (launch.addresses, launch.chunks, launch.row_of_tensor, launch.coefficients)
-    threads.run(_kernel(launch.kind), arguments, len(launch.chunks), launch.elements, torch.get_num_threads())
+    workers, chunks = torch.get_num_threads(), len(launch.chunks)
+    # Small tensors are claimed several at a time, up to a full chunk's elements, as long as all threads find enough to claim.
+    batch = max(1, min(chunks // (8 * workers), CHUNK * chunks // max(1, launch.elements)))
+    arguments: tuple[Any, ...] = (launch.addresses, launch.chunks, launch.row_of_tensor, launch.coefficients, batch)
+    threads.run(_kernel(launch.kind), arguments, chunks, launch.elements, workers)
