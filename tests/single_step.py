@@ -1,5 +1,6 @@
 """One step of ours beside the same step of the reference in float64, within the tolerance of tolerances.py."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,17 +142,33 @@ def checked_step(case: Case, optimizer: torch.optim.Optimizer) -> None:
                 key = (number, p.dtype, float(inputs.state.get("step", 0)), *sorted(inputs.state))
                 alike.setdefault(key, []).append((p, inputs))
     optimizer.step()
-    for (_, dtype, *_), members in alike.items():
-        truth, errors = true_step_and_errors(case, Inputs.joined([inputs for _, inputs in members]), dtype)
-        sizes = [p.numel() for p, _ in members]
-        for name, right in truth.items():
-            if name == "step":
-                assert all(float(optimizer.state[p]["step"]) == float(right) for p, _ in members), "wrong step counts"
-                continue
-            parts = zip(members, right.split(sizes), errors[name].split(sizes), strict=True)
-            for (p, _), true_part, error in parts:
-                ours = outputs(optimizer, p)
-                assert ours.keys() == truth.keys(), f"states {sorted(ours)} where {sorted(truth)} are right"
-                assert ours[name].shape == p.shape
-                what = f"{case}, {name} of a parameter of shape {tuple(p.shape)} and {dtype}"
-                assert_close(what, ours[name].cpu(), true_part.view(p.shape), error.view(p.shape), dtype)
+    with one_thread():
+        for key, members in alike.items():
+            check_members(case, optimizer, key[1], members)
+
+
+def check_members(case: Case, optimizer: torch.optim.Optimizer, dtype: torch.dtype, members: list) -> None:
+    """Compare what `optimizer` has made of (parameter, inputs) with what the reference makes of the inputs."""
+    truth, errors = true_step_and_errors(case, Inputs.joined([inputs for _, inputs in members]), dtype)
+    sizes = [p.numel() for p, _ in members]
+    for name, right in truth.items():
+        if name == "step":
+            assert all(float(optimizer.state[p]["step"]) == float(right) for p, _ in members), "wrong step counts"
+            continue
+        for (p, _), true_part, error in zip(members, right.split(sizes), errors[name].split(sizes), strict=True):
+            ours = outputs(optimizer, p)
+            assert ours.keys() == truth.keys(), f"states {sorted(ours)} where {sorted(truth)} are right"
+            assert ours[name].shape == p.shape
+            what = f"{case}, {name} of a parameter of shape {tuple(p.shape)} and {dtype}"
+            assert_close(what, ours[name].cpu(), true_part.view(p.shape), error.view(p.shape), dtype)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch work on one thread: beside a busy core, each of its parallel regions waits for milliseconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -39,8 +39,8 @@ def relative(path: Path) -> str:
 
 
 def texts() -> Iterator[tuple[Path, str]]:
-    """Every text file of the repository, or that would be added to it."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    """Every text file of the repository."""
+    listing = ["git", "ls-files", "--cached"]  # what lies beside them is the user's own
     for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         path = ROOT / name
         if path.is_file():
