@@ -41,9 +41,13 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
 def disabled() -> bool:
     """Whether ``FUSEDOPT_DISABLE`` turns all kernels off."""
-    return os.environ.get("FUSEDOPT_DISABLE", "0") not in ("", "0")
+    return _is_set("FUSEDOPT_DISABLE")
 
 
 def state() -> tuple[str | None, bool]:
@@ -85,7 +89,7 @@ def choose(parameter: Tensor, gradient: Tensor | None) -> tuple[str, str]:
         return "tensor", "FUSEDOPT_DISABLE is set"
     if not all(layout.is_plain_memory(tensor) for tensor in (parameter, gradient) if tensor is not None):
         return "tensor", f"{type(parameter).__name__} is not plain memory"
-    if parameter.device.type == "cpu" and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+    if parameter.device.type == "cpu" and _is_set("NUMBA_DISABLE_JIT"):
         return "tensor", "NUMBA_DISABLE_JIT is set"
     if parameter.device.type == "cpu":
         halves = any(tensor is not None and tensor.dtype == torch.float16 for tensor in (parameter, gradient))

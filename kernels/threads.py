@@ -95,7 +95,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(kernel: Callable[..., None], arguments: tuple[Any, ...], chunks: int, elements: int, threads: int) -> None:
-    """Run ``kernel(*arguments, progress, address)`` on up to ``threads`` threads until all ``chunks`` are done.
+    """Run ``kernel(*arguments, progress, claimed, done)`` on up to ``threads`` threads until all ``chunks`` are done.
 
     Args:
         kernel: compiled, without the GIL; claims chunks by adding to ``progress[CLAIMED]``, counts finished ones in
