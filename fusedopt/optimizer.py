@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
 
@@ -103,7 +104,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            if torch.compiler.is_compiling():
+            # Dynamo compiles what its own code calls, frame by frame, unless told not to.
+            if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
                 self._step_uncompiled()
             else:  # without the wrapper, which costs as much as a small kernel
                 self._step()

@@ -123,7 +123,7 @@ def run(bucket: Bucket, launch: Launch) -> None:
     if bucket.backend == "numba":
         from fusedopt.kernels import cpu
 
-        cpu.run(launch)
+        cpu.run(bucket, launch)
     elif bucket.backend == "triton":
         from fusedopt.kernels import gpu
 

@@ -12,9 +12,17 @@ from numba.extending import intrinsic
 #: Without error_model="numpy" a division checks for zero, and loops stay scalar; fastmath would cost the equal bits.
 JIT: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "boundscheck": False}
 
-# Indices into the progress array of one launch, a cache line apart.
-CLAIMED, DONE = 0, 8
-PROGRESS_LENGTH = 16
+# A launch is an array of 64-bit integers, whose address is all that a kernel is given. The first line says what to do:
+# addresses of tables, their lengths, and how many chunks to claim at a time; the others change, a cache line each.
+TENSORS, CHUNKS, ROWS, ADDRESS_TABLE, CHUNK_TABLE, ROW_TABLE, COEFFICIENT_TABLE, BATCH = range(8)
+CLAIMED, DONE, LEFT, LATE = 8, 16, 24, 32
+TEAM = 33
+LAUNCH_LENGTH = 40
+
+
+#: Looks at a launch before a thread takes another for descheduled, and stops looking: about a millisecond, longer
+#: than the longest claim takes.
+PATIENCE = 3_000_000
 
 
 def _pointer_maker(element):
@@ -28,6 +36,7 @@ def _pointer_maker(element):
     return pointer
 
 
+int64_pointer = _pointer_maker(types.int64)
 float32_pointer = _pointer_maker(types.float32)
 float64_pointer = _pointer_maker(types.float64)
 # Half precision numbers are loaded and stored as their bits.
@@ -82,6 +91,51 @@ def fetch_add(typing_context, address, amount):
         return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def look(typing_context, address):
+    """Return the 64-bit integer at ``address``, which other threads may change."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def word(typing_context, address, place):
+    """Return the 64-bit integer ``place`` words behind ``address``."""
+
+    def generate(context, builder, signature, arguments):
+        address, place = arguments
+        integer = ir.IntType(64)
+        return builder.load(builder.inttoptr(builder.add(address, builder.mul(place, integer(8))), integer.as_pointer()))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def add_to_count(typing_context, address):
+    """Add one to the 32-bit integer at ``address`` atomically."""
+
+    def generate(context, builder, signature, arguments):
+        integer = ir.IntType(32)
+        builder.atomic_rmw("add", builder.inttoptr(arguments[0], integer.as_pointer()), integer(1), "monotonic")
+
+    return types.void(types.int64), generate
+
+
+@njit(**JIT)
+def leave(launch, team):
+    """Wait for the ``team`` to have left ``launch``; note it in the launch where that takes too long."""
+    left = fetch_add(launch + 8 * LEFT, 1) + 1
+    for _ in range(PATIENCE):
+        if left >= team:
+            return
+        left = look(launch + 8 * LEFT)
+    fetch_add(launch + 8 * LATE, 1)
 
 
 @njit(**JIT)

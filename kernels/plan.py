@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusedopt.kernels import backends, layout
+from fusedopt.kernels import backends, layout, tensor_objects
 from fusedopt.kernels.rule import Update
 from fusedopt.kernels.tables import BY_ADDRESS, Bucket, Hyperparameters, Kind, Launch, LossScale, Member, kind_of
 
 #: Most patterns of missing gradients that a bucket remembers as checked.
 _PATTERNS = 16
+
+
+class _Pattern(NamedTuple):
+    """Which tensors of a bucket have gradients, and what follows from that."""
+
+    active: NDArray[numpy.bool_]
+    chunks: NDArray[numpy.int64]
+    elements: int
+    metadata: layout.Metadata
 
 
 class _Part:
@@ -32,15 +40,18 @@ class _Part:
         self._counted = bucket.members[0].counted
         # States are told apart by identity and address alone: nothing changes the shape of one in place.
         self._metadata = layout.Metadata(bucket.parameters)
-        self._gradient_patterns: dict[bytes, layout.Metadata] = {}
-        self._gradient_addresses: list[int] = []
+        self._patterns: dict[bytes, _Pattern] = {}
+        self._pattern: _Pattern | None = None
+        #: What has been noted of all tensors, and whether that still holds in this step.
+        self._watch: tensor_objects.Watch | None = None
+        self._unchanged = False
+        self._settled: _Pattern | None = None
         planned = [torch.empty_like(m.parameter, device="meta") if m.gradient is None else m.gradient for m in bucket.members]
         self._planned = [_description(tensor) for tensor in planned]
         for member in bucket.members:
             member.gradient = None  # a plan outlives gradients, and must not keep their memory
         self._ready: set[Kind] = set()
         self._kinds = (bucket.kind, replace(bucket.kind, unscale=True))
-        self._everyone = numpy.ones(len(bucket.members), bool)
         # Kernels write past autograd's eyes; without this it would use what is no longer there. Tensors made in inference
         # mode have no version.
         self._versioned = [tensor for tensor in bucket.written if not tensor.is_inference()]
@@ -62,34 +73,53 @@ class _Part:
             self.bucket.count_on_device()
             self._place_steps()
 
-    def holds(self) -> bool:
-        """Whether parameters and states are the tensors, of the kinds and in the places, that the bucket has noted."""
-        bucket = self.bucket
+    def _holds_states(self) -> bool:
+        columns = list(zip(self.bucket.kind.update.states, self.bucket.states, strict=True))
+        if self._counted:
+            columns.append(("step", self.bucket.step_views))
         try:
-            for name, column in zip(bucket.kind.update.states, bucket.states, strict=True):
-                if not all(map(operator.is_, map(operator.itemgetter(name), self._state_dicts), column)):
-                    return False
-            if self._counted and not all(map(operator.is_, map(operator.itemgetter("step"), self._state_dicts), bucket.step_views)):
-                return False
+            return all(all(map(operator.is_, map(operator.itemgetter(name), self._state_dicts), own)) for name, own in columns)
         except KeyError:
             return False
-        return self._metadata.matches(bucket.parameters) and bucket.addresses_hold()
 
     def gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-        """Return this bucket's gradients, or None where one is not of the kind that was planned for."""
+        """Return this bucket's gradients, or None where the bucket does not hold.
+
+        It holds while parameters, gradients and states are tensors of the kinds, and all but gradients in the places, that
+        it has noted.
+        """
         own = list(gradients) if self._whole and len(gradients) == len(self.indices) else [gradients[i] for i in self.indices]
-        present = own if _all_present(own) else [gradient for gradient in own if gradient is not None]
-        pattern = b"" if present is own else bytes(gradient is not None for gradient in own)
-        known = self._gradient_patterns.get(pattern)
-        if known is not None:
-            return own if known.matches(present) else None  # type: ignore[arg-type]
-        for gradient, parameter, planned in zip(own, self.bucket.parameters, self._planned, strict=True):
+        self._unchanged = self._watch is not None and self._watch.unchanged()
+        if not (self._unchanged and self._watch is not None and self._watch.watches_dicts) and not self._holds_states():
+            return None
+        if self._unchanged:
+            return own
+        if not (self._metadata.matches(self.bucket.parameters) and self.bucket.addresses_hold()):
+            return None
+        return own if self._finds_pattern(own) else None
+
+    def _finds_pattern(self, own: list[Tensor | None]) -> bool:
+        """Find out which gradients are there; return whether they are of the kind that was planned for."""
+        bucket = self.bucket
+        present = [gradient for gradient in own if gradient is not None]
+        key = b"" if len(present) == len(own) else bytes(gradient is not None for gradient in own)
+        pattern = self._patterns.get(key)
+        if pattern is not None:
+            if self._pattern is not pattern:
+                self._pattern, self._watch = pattern, None
+            return pattern.metadata.matches(present)
+        for gradient, parameter, planned in zip(own, bucket.parameters, self._planned, strict=True):
             if gradient is not None and (_description(gradient) != planned or gradient.device != parameter.device):
-                return None
-        if len(self._gradient_patterns) >= _PATTERNS:
-            self._gradient_patterns.clear()
-        self._gradient_patterns[pattern] = layout.Metadata(present)  # type: ignore[arg-type]
-        return own
+                return False
+        if len(self._patterns) >= _PATTERNS:
+            self._patterns.clear()
+        active, chunks = bucket.everyone, bucket.chunks
+        if key:
+            active = numpy.array([gradient is not None for gradient in own])
+            chunks = numpy.ascontiguousarray(bucket.chunks[active[bucket.chunks[:, 0]]])
+        self._patterns[key] = self._pattern = _Pattern(active, chunks, int(chunks[:, 2].sum()), layout.Metadata(present))
+        self._watch = None
+        return True
 
     def launch(
         self,
@@ -97,52 +127,54 @@ class _Part:
         hyperparameters: Sequence[Hyperparameters],
         loss_scale: LossScale | None,
         inverse_scale: float | None,
-    ) -> Launch:
-        """Return what the backend needs for a step."""
-        bucket = self.bucket
+    ) -> Launch | None:
+        """Return what the backend needs for a step; None where no gradient is there."""
+        bucket, pattern = self.bucket, self._pattern
+        assert pattern is not None
+        if not pattern.elements and not pattern.active.any():
+            return None
         kind = self._kinds[loss_scale is not None and loss_scale.grad_scale is not None]
-        active, chunks, elements = self._everyone, bucket.chunks, bucket.elements
-        if not _all_present(gradients):
-            active = numpy.array([gradient is not None for gradient in gradients])
-            chunks = numpy.ascontiguousarray(bucket.chunks[active[bucket.chunks[:, 0]]])
-            elements = int(chunks[:, 2].sum())
-        if bucket.by_address:
-            self._read_gradient_addresses(gradients, active)
+        if bucket.by_address and not self._unchanged:
+            self._read_gradient_addresses(gradients, pattern)
         # Where copies stand in for tensors, their addresses are this step's alone.
         addresses = bucket.addresses.copy() if bucket.stands_in else bucket.addresses
         if bucket.on_device:
             rows, coefficients = numpy.zeros(0, numpy.int64), None
         else:
-            representatives, rows = bucket.rows(active)
+            representatives, rows = bucket.rows(pattern.active)
             coefficients = coefficient_rows(bucket, kind, representatives, hyperparameters, inverse_scale)
             loss_scale = None
-        return Launch(kind, gradients, active, addresses, chunks, elements, rows, coefficients, hyperparameters, loss_scale)
+        return Launch(
+            kind,
+            gradients,
+            pattern.active,
+            addresses,
+            pattern.chunks,
+            pattern.elements,
+            rows,
+            coefficients,
+            hyperparameters,
+            loss_scale,
+        )
 
-    def _read_gradient_addresses(self, gradients: list[Tensor | None], active: NDArray[numpy.bool_]) -> None:
+    def _read_gradient_addresses(self, gradients: list[Tensor | None], pattern: _Pattern) -> None:
         """Raise for gradients without memory; put copies in place of those that lie across their parameter."""
-        bucket = self.bucket
-        if active is self._everyone:
-            found = list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
-        else:
-            found = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-        if found == self._gradient_addresses:
-            return  # looked at before
-        self._gradient_addresses = []
+        bucket, active = self.bucket, pattern.active
         addresses = bucket.addresses
-        addresses[1] = found
-        if 0 in found:
-            for index in numpy.flatnonzero((addresses[1] == 0) & active & (bucket.sizes > 0)).tolist():
-                raise RuntimeError(f"the gradient of parameter {self.indices[index]} has no memory: its storage was freed")
+        addresses[1] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        for index in numpy.flatnonzero((addresses[1] == 0) & active & (bucket.sizes > 0)).tolist():
+            raise RuntimeError(f"the gradient of parameter {self.indices[index]} has no memory: its storage was freed")
         # Written element by element, a step would read there what it has already changed.
         distance = addresses[1] - addresses[0]
-        across = numpy.flatnonzero(numpy.abs(distance) < bucket.bytes).tolist()
+        across = numpy.flatnonzero((numpy.abs(distance) < bucket.bytes) & (distance != 0) & active).tolist()
         for index in across:
-            if distance[index] != 0 and active[index]:
-                copy = gradients[index].clone()  # type: ignore[union-attr]
-                gradients[index], addresses[1, index] = copy, copy.data_ptr()
-                bucket.parameters[index].grad = copy  # which may be written as well, to unscale it
-        if not across:
-            self._gradient_addresses = found
+            copy = gradients[index].clone()  # type: ignore[union-attr]
+            gradients[index], addresses[1, index] = copy, copy.data_ptr()
+            bucket.parameters[index].grad = copy  # which may be written as well, to unscale it
+        # From the second step of a kind on, as a plan may be made for a single one.
+        if not across and pattern is self._settled:
+            self._watch = tensor_objects.watch(bucket, self._state_dicts, gradients)
+        self._settled = pattern
 
     def prepare(self, launch: Launch) -> None:
         """Have the kernel ready that ``launch`` needs."""
@@ -160,7 +192,10 @@ class _Part:
         if not bucket.on_device:
             bucket.advance(launch.active)
         if bucket.by_address:
-            torch.autograd.graph.increment_version(self._versioned)
+            if self._watch is not None:
+                self._watch.count_versions()
+            else:
+                torch.autograd.graph.increment_version(self._versioned)
             if launch.kind.unscale:
                 torch.autograd.graph.increment_version([g for g in launch.gradients if g is not None])
 
@@ -168,10 +203,6 @@ class _Part:
 def _description(gradient: Tensor) -> tuple[object, ...]:
     strides = gradient.stride() if gradient.layout == torch.strided else None
     return gradient.dtype, gradient.layout, gradient.shape, strides, layout.is_literal(gradient)
-
-
-def _all_present(gradients: Sequence[Tensor | None]) -> bool:
-    return all(map(operator.is_not, gradients, itertools.repeat(None)))
 
 
 def coefficient_rows(
@@ -228,7 +259,7 @@ class Plan:
         by_part = []
         for part in self.parts:
             own = part.gradients(gradients)
-            if own is None or not part.holds():
+            if own is None:
                 return None
             by_part.append(own)
         return by_part
@@ -259,8 +290,7 @@ class Plan:
                 return [None] * len(self.parts)
             inverse_scale = loss_scale.inverse()
         launches = [
-            part.launch(own, hyperparameters, loss_scale, inverse_scale) if any(g is not None for g in own) else None
-            for part, own in zip(self.parts, gradients, strict=True)
+            part.launch(own, hyperparameters, loss_scale, inverse_scale) for part, own in zip(self.parts, gradients, strict=True)
         ]
         for part, launch in zip(self.parts, launches, strict=True):
             if launch is not None:

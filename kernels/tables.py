@@ -200,8 +200,8 @@ class Bucket:
         self.sizes = numpy.array([p.numel() * (2 if p.is_complex() else 1) for p in self.parameters], numpy.int64)
         # How far apart a gradient and its parameter lie if they do not overlap.
         self.bytes = self.sizes * max(form.itemsize for form in kind.formats[:2])
-        self.elements = int(self.sizes.sum())
         self.chunks = chunk_table(self.sizes, CHUNK)
+        self.everyone = numpy.ones(len(self.members), bool)
         self.addresses = numpy.empty((2 + len(self.states), len(self.members)), numpy.int64)
         self.by_address = backend in BY_ADDRESS
         self.written_addresses: list[int] = []
@@ -218,7 +218,7 @@ class Bucket:
         #: What the backend keeps for this bucket.
         self.tables: Any = None
         self._rows: list[tuple[int, int]] | None = None
-        self._counts_version = -1
+        self._rows_for: tuple[object, int] = (None, -1)
         self._row_of_tensor: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
 
     def _step_dtype(self) -> torch.dtype:
@@ -284,23 +284,24 @@ class Bucket:
 
     def advance(self, active: NDArray[numpy.bool_]) -> None:
         """Count a step of the ``active`` tensors."""
-        self.steps.add_(1 if active.all() else torch.from_numpy(active))
-        self._counts_version = self.steps._version
+        known = self._rows_for[1] == self.steps._version
+        self.steps.add_(1 if active is self.everyone else torch.from_numpy(active))
+        if known:  # those that advance together stay together
+            self._rows_for = (self._rows_for[0], self.steps._version)
 
     def rows(self, active: NDArray[numpy.bool_]) -> tuple[list[tuple[int, int]], NDArray[numpy.int64]]:
         """Return the distinct (group, tensor that represents it) of active tensors, and each tensor's index into them.
 
         Tensors of a group that have taken equally many steps share a row of coefficients.
         """
-        everyone = bool(active.all())
-        if self._rows is not None and everyone and self.steps._version == self._counts_version:
+        # Rows hold until other tensors advance, or somebody writes a count.
+        if self._rows is not None and self._rows_for[0] is active and self._rows_for[1] == self.steps._version:
             return self._rows, self._row_of_tensor
         keys = numpy.stack([self.groups, self.steps.numpy().astype(numpy.int64)])[:, active]
         _, first, inverse = numpy.unique(keys, axis=1, return_index=True, return_inverse=True)
         representatives = numpy.flatnonzero(active)[first]
-        rows = [(int(self.groups[index]), int(index)) for index in representatives]
-        row_of_tensor = numpy.zeros(len(self.members), numpy.int64)
-        row_of_tensor[active] = inverse.reshape(-1)
-        # All advance together, so the rows stay what they are until some tensor rests, or somebody writes a count.
-        self._rows, self._row_of_tensor = (rows, row_of_tensor) if everyone else (None, row_of_tensor)
-        return rows, row_of_tensor
+        self._rows = [(int(self.groups[index]), int(index)) for index in representatives]
+        self._row_of_tensor = numpy.zeros(len(self.members), numpy.int64)
+        self._row_of_tensor[active] = inverse.reshape(-1)
+        self._rows_for = (active, self.steps._version)
+        return self._rows, self._row_of_tensor

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import sys
 import threading
 import time
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 import fusedopt
 from cases import copies, draw_gradients, each_case, make_parameters, named
 from child import output
+from fusedopt.kernels import cpu, cpu_runtime, threads
 from snapshot import same_bits
 
 #: Enough for every thread to get chunks of its own.
@@ -25,24 +30,48 @@ def torch_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["team", "pool"])
+def helpers(request, monkeypatch):
+    """Steps run on torch's own threads, or on ours."""
+    if request.param == "pool":
+        monkeypatch.setattr(threads, "_team", threads._NoTeam())
+    elif threads._parallel() is None:
+        pytest.skip("torch has no OpenMP threads here")
+    else:
+        monkeypatch.setattr(threads._Team, "runs", functools.partialmethod(always, threads._Team.runs))
+    return request.param
+
+
+def always(team, runs, kernel, launch, count):
+    """Run on the team, however late it was."""
+    team._rest = 0
+    return runs(team, kernel, launch, count)
+
+
+def nanoseconds_by_thread():
+    """Return how long each thread of the process has run."""
+    tasks = Path("/proc/self/task")
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()}
+
+
 def working_threads(optimizer, rounds=20, enough=None):
     """Return how many threads a step comes to run on: those that have used processor time in it, at most."""
-    clocks = {thread.ident: time.pthread_getcpuclockid(thread.ident) for thread in threading.enumerate()}
     most = 0
     for _ in range(rounds):
-        before = {ident: time.clock_gettime(clock) for ident, clock in clocks.items()}
+        time.sleep(0.02)  # OpenMP's threads look for work for some time after a parallel region
+        before = nanoseconds_by_thread()
         optimizer.step()
         # The clock of a thread that waits stands still, but for the waking up.
-        used = [time.clock_gettime(clock) - before[ident] for ident, clock in clocks.items()]
-        most = max(most, sum(seconds > 3e-4 for seconds in used))
+        used = [after - before.get(name, 0) for name, after in nanoseconds_by_thread().items()]
+        most = max(most, sum(nanoseconds > 1e6 for nanoseconds in used))
         if most == enough:
             break
     return most
 
 
-@pytest.mark.parametrize("threads", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 3, 4])
 @each_case
-def test_results_do_not_depend_on_the_number_of_threads(case, threads, torch_threads):
+def test_results_do_not_depend_on_the_number_of_threads(case, count, torch_threads, helpers):
     params = make_parameters([(LARGE,), (33,), (70_000,)])
     others = copies(params)
     alone, many = case.make_ours(params), case.make_ours(others)
@@ -50,29 +79,78 @@ def test_results_do_not_depend_on_the_number_of_threads(case, threads, torch_thr
         draw_gradients(params, others)
         torch_threads(1)
         alone.step()
-        torch_threads(threads)
+        torch_threads(count)
         many.step()
     assert all(map(same_bits, params, others))
     for p, q in zip(params, others, strict=True):
         assert all(same_bits(alone.state[p][key], many.state[q][key]) for key in alone.state[p])
 
 
-@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="this system has no processor clocks of threads")
-def test_number_of_threads_follows_torch(torch_threads):
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not tell what its threads do")
+def test_number_of_threads_follows_torch(torch_threads, helpers):
     params = make_parameters([(4_000_000,)])
     optimizer = fusedopt.AdamW(params)
     draw_gradients(params)
     torch_threads(2)
     optimizer.step()
     own = {thread for thread in threading.enumerate() if thread.name.startswith("fusedopt")}
-    assert own
+    assert own or helpers == "team"
     assert all(thread.daemon for thread in own)
     assert working_threads(optimizer, rounds=300, enough=2) == 2  # a busy machine may keep the second away for long
     torch_threads(1)
     assert working_threads(optimizer) == 1
     torch_threads(2)
-    assert working_threads(optimizer, rounds=300, enough=2) == 2  # a busy machine may keep the second away for long
+    assert working_threads(optimizer, rounds=300, enough=2) == 2
     assert {thread for thread in threading.enumerate() if thread.name.startswith("fusedopt")} == own
+
+
+def launch(team):
+    """Return the launch of a kernel with nothing to do, as a member of a ``team`` that large would see it."""
+    header = numpy.zeros(cpu_runtime.LAUNCH_LENGTH, numpy.int64)
+    header[[cpu_runtime.BATCH, cpu_runtime.TEAM]] = 1, team
+    return header
+
+
+def some_kernel():
+    params = make_parameters([(5,)])
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    draw_gradients(params)
+    optimizer.step()
+    return cpu._kernel(optimizer._prepared.plan.parts[0].bucket.kind)
+
+
+@pytest.mark.parametrize(("team", "late"), [(0, 0), (1, 0), (2, 1)])
+def test_a_thread_notes_that_others_are_late(team, late):
+    header = launch(team)
+    some_kernel().ctypes(header.ctypes.data)
+    assert header[cpu_runtime.LEFT] == 1
+    assert header[cpu_runtime.LATE] == late
+
+
+def test_the_pool_takes_over_where_the_team_was_late(monkeypatch):
+    """For longer and longer, and for a short time again after the team has been in time for long."""
+    late = [1]
+
+    def parallel(function, address, count, flags):
+        assert (count, flags) == (2, 0)
+        numpy.ctypeslib.as_array((ctypes.c_int64 * cpu_runtime.LAUNCH_LENGTH).from_address(address))[cpu_runtime.LATE] = late[0]
+
+    monkeypatch.setattr(threads, "_parallel", lambda: parallel)
+    team, kernel = threads._Team(), some_kernel()
+
+    def rests():
+        assert team.runs(kernel, launch(0), 2)
+        count = 0
+        while team._rest:
+            assert not team.runs(kernel, launch(0), 2)
+            count += 1
+        return count
+
+    assert [rests() for _ in range(9)] == [8, 16, 32, 64, 128, 256, 512, 1024, 1024]
+    late[0] = 0
+    assert [rests() for _ in range(2000)] == [0] * 2000
+    late[0] = 1
+    assert rests() == 8
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="asks for settings that POSIX systems have")
@@ -135,7 +213,7 @@ def test_nothing_of_the_process_is_changed():
     assert output(program).strip() == "unchanged"
 
 
-def test_two_threads_step_two_optimizers_at_once():
+def test_two_threads_step_two_optimizers_at_once(helpers):
     """Large and small, new plans and old ones, in turns: the same bits as one after the other."""
 
     def train(results, name, barrier=None):
@@ -191,9 +269,9 @@ def test_first_steps_at_once_in_many_threads():
             optimizer.step()
             results[number] = param.detach()
 
-        threads = [threading.Thread(target=train, args=(number,)) for number in range(6)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
+        workers = [threading.Thread(target=train, args=(number,)) for number in range(6)]
+        [worker.start() for worker in workers]
+        [worker.join() for worker in workers]
         assert all(torch.equal(results[number], results[number % 2]) for number in range(6))
         assert not torch.equal(results[0], results[1])
         print("done")
@@ -204,7 +282,7 @@ def test_first_steps_at_once_in_many_threads():
         assert output(program, FUSEDOPT_CACHE_DIR=empty).strip() == "done"
 
 
-def test_hooks_and_closures_may_step_other_optimizers():
+def test_hooks_and_closures_may_step_other_optimizers(helpers):
     """A step within a step, of the same pool."""
     inner_params, outer_params = make_parameters([(LARGE,)]), make_parameters([(LARGE,)])
     inner, outer = fusedopt.SGD(inner_params, lr=0.1), fusedopt.AdamW(outer_params, lr=0.1)
