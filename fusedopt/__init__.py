@@ -4,24 +4,20 @@ What is not fused here is torch's own, under the same name.
 """
 
 import torch.optim
-from torch.optim import (
-    ASGD,
-    LBFGS,
-    Adadelta,
-    Adagrad,
-    Adamax,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    Rprop,
-    SparseAdam,
-)
+from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from fusedopt import lr_scheduler, swa_utils
+from fusedopt.adadelta import Adadelta
+from fusedopt.adagrad import Adagrad
 from fusedopt.adam import Adam, AdamW
+from fusedopt.adamax import Adamax
+from fusedopt.asgd import ASGD
 from fusedopt.groups import no_decay_groups
 from fusedopt.momentum import Momentum
+from fusedopt.nadam import NAdam
+from fusedopt.radam import RAdam
+from fusedopt.rmsprop import RMSprop
+from fusedopt.rprop import Rprop
 from fusedopt.sgd import SGD
 
 __version__ = "0.1.0"

@@ -56,15 +56,20 @@ def _unshield(parameter: Any, name: str, value: Any) -> Any:
         return tensor.to(parameter.device, copy=True)
 
 
-def without_shared_steps(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return ``state_dict`` with step counts that are views of a longer vector replaced by copies of their own."""
+def without_shared_scalars(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state_dict`` with step counts and other numbers that are views of a longer vector replaced by copies."""
     state = state_dict.get("state")
     if not isinstance(state, dict):
         return state_dict
-    copies = {key: _without_shared_step(value) for key, value in state.items()}
+    copies = {key: _without_shared_scalars(value) for key, value in state.items()}
     return {**state_dict, "state": defaultdict(dict, copies) if isinstance(state, defaultdict) else copies}
 
 
-def _without_shared_step(value: Any) -> Any:
-    step = value.get("step") if isinstance(value, dict) else None
-    return {**value, "step": step.clone()} if isinstance(step, Tensor) and step._is_view() else value
+def _without_shared_scalars(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: part.clone() if _is_shared_scalar(part) else part for name, part in value.items()}
+
+
+def _is_shared_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value._is_view()

@@ -67,6 +67,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None
     #: Whether ``state["step"]`` counts a parameter's steps.
     _counts_steps: ClassVar[bool] = True
+    #: Options that torch's class does not have, with what they are in its checkpoints.
+    _own_options: ClassVar[tuple[tuple[str, Any], ...]] = ()
     #: What to say of sparse gradients; None if torch's own implementation takes them.
     _sparse_message: ClassVar[str | None] = None
 
@@ -78,6 +80,22 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], decays: bool) -> Update:
         """Return the update of ``group``; ``decays`` tells whether any group has a weight decay."""
         raise NotImplementedError
+
+    def _set_options(self, **options: Any) -> None:
+        """Add options that torch's constructor does not take to all groups."""
+        if options.get("fused"):
+            if self.defaults["differentiable"]:
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if self.defaults.get("foreach"):
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self.defaults.update(options)
+        for group in self.param_groups:
+            for name, value in options.items():
+                group.setdefault(name, value)
+
+    def _initial(self, group: dict[str, Any], name: str) -> Any:  # noqa: ARG002  # for subclasses
+        """Return the number that the state or scalar ``name`` of a parameter of ``group`` starts from."""
+        return 0.0
 
     def _torch_lacks(self, group: dict[str, Any]) -> str | None:  # noqa: ARG002  # for subclasses
         """Return which option of ``group`` torch's own implementation does not know, or None."""
@@ -118,10 +136,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim does; step counts are copies."""
-        return checkpoints.without_shared_steps(super().state_dict())
+        return checkpoints.without_shared_scalars(super().state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
-        return checkpoints.without_shared_steps(super().__getstate__())
+        return checkpoints.without_shared_scalars(super().__getstate__())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this class or torch's has written, by copy.
@@ -152,6 +170,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in own.items():
                 group.setdefault(name, value)
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self._own_options:
+                group.setdefault(name, value)
 
     # --- the step ---------------------------------------------------------------------------------------------------------
 
@@ -218,7 +239,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _updates(self) -> tuple[list[Update], list[tuple[Any, ...]]]:
         groups = self.param_groups
-        decays = any(isinstance(w := group["weight_decay"], Tensor) or w != 0 for group in groups)
+        decays = any(isinstance(w := group.get("weight_decay", 0), Tensor) or w != 0 for group in groups)
         switches = [tuple(group.get(name) for name in IMPLEMENTATION_OPTIONS) for group in groups]
         return [self._update(group, decays) for group in groups], switches
 
@@ -285,9 +306,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         taken = state.get("step", 0.0) if self._counts_steps else bool(update.states) and not missing
         # A state made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            new = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in missing}
+            new = {name: self._new_state(parameter, self._initial(self.param_groups[group], name)) for name in missing}
+        scalars = tuple(
+            _number(state[name] if name in state else self._initial(self.param_groups[group], name)) for name in update.scalars
+        )
         capturable = bool(self.param_groups[group].get("capturable"))
-        return Member(parameter, index, gradient, group, _number(taken), self._counts_steps, capturable, state, new)
+        return Member(parameter, index, gradient, group, _number(taken), scalars, self._counts_steps, capturable, state, new)
+
+    def _new_state(self, parameter: Tensor, initial: float) -> Tensor:
+        value = complex(initial, initial) if parameter.is_complex() else initial
+        return torch.full_like(parameter, value, memory_format=torch.preserve_format, requires_grad=False)
 
     def _attach(self, plan: Plan, members: Sequence[Member]) -> None:
         for member in members:
@@ -340,7 +368,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             Plan(wave, updates, [prepared.backends[member.index] for member in wave])
         for own, update in zip(hyperparameters, updates, strict=True):
             if not any(isinstance(value, Tensor) for value in own.values):
-                update.coefficients(1.0, own.maximize, [float(value) for value in own.values])
+                ones = [1.0] * len(update.scalars)
+                update.coefficients(1.0, ones, own.maximize, [float(value) for value in own.values])
         self._attach(plan, first)
         prepared.plan = plan
         prepared.waves = [[member.index for member in wave] for wave in later]

@@ -37,6 +37,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: True asks for torch's own, through which autograd can pass (default: False).
         fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
         decoupled_weight_decay: theta (1 - alpha lambda) in place of the sum with the gradient (default: False).
+        capturable: read a tensor lr on the GPU when a CUDA graph is replayed (default: False).
 
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
@@ -47,6 +48,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """
 
     _torch_class = torch.optim.SGD
+    _own_options = (("decoupled_weight_decay", False), ("capturable", False))
     _counts_steps = False
 
     def __init__(
@@ -63,6 +65,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -76,14 +79,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self.defaults["decoupled_weight_decay"] = decoupled_weight_decay
-        for group in self.param_groups:
-            group.setdefault("decoupled_weight_decay", decoupled_weight_decay)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("decoupled_weight_decay", False)
+        self._set_options(decoupled_weight_decay=decoupled_weight_decay, capturable=capturable)
 
     def _torch_lacks(self, group: dict[str, Any]) -> str | None:
         return "decoupled_weight_decay=True" if group["decoupled_weight_decay"] and group["weight_decay"] != 0 else None

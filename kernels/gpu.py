@@ -93,7 +93,7 @@ from fusedopt.kernels.gpu_runtime import absolute, maximum, nonzero, power, sqrt
 
 @triton.jit
 def prepare(
-    steps, active, group_of_tensor, hyperparameters, coefficients, found_inf, grad_scale, tensors,
+    scalars, active, group_of_tensor, hyperparameters, coefficients, found_inf, grad_scale, tensors,
     GUARDED: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr
 ):
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -102,7 +102,8 @@ def prepare(
     taken = tl.load(active + tensor, mask=exists, other=0)
     if GUARDED:
         taken = tl.where(tl.load(found_inf) == 0, taken, 0)
-    step = tl.load(steps + tensor, mask=exists, other=0.0).to(tl.float64) + 1.0
+    step = tl.load(scalars + tensor, mask=exists, other=0.0).to(tl.float64) + 1.0
+    {scalars}
     c_sign = tl.load(h)
     {hyperparameters}
     {calls}
@@ -112,7 +113,8 @@ def prepare(
         c_inverse_scale = (c_inverse_scale / tl.load(grad_scale).to(tl.float64)).to(tl.float32).to(tl.float64)
     row = coefficients + tensor * {row_length}
     {stores}
-    tl.store(steps + tensor, step.to(steps.dtype.element_ty), mask=taken != 0)
+    tl.store(scalars + tensor, step.to(scalars.dtype.element_ty), mask=taken != 0)
+    {new_scalars}
 '''
 
 
@@ -166,12 +168,13 @@ def prepare_source(kind: Kind) -> str:
     names = generate.coefficient_names(update)
     first = 2 + len(update.decay_names)
     calls = []
-    for function, step, own in (
-        (update.decay.coefficients, [], names[2:first]),
-        (update.rule.coefficients, ["step"], names[first:]),
+    new_scalars = [f"new_{name}" for name in update.scalars]
+    for function, given, own in (
+        (update.decay.coefficients, (), names[2:first]),
+        (update.rule.coefficients, ("step", *update.scalars), [*names[first:], *new_scalars]),
     ):
         if own:
-            arguments = ", ".join([*step, *(f"h_{name}" for name in source.parameters(function)[len(step) :])])
+            arguments = ", ".join([*given, *(f"h_{name}" for name in source.parameters(function)[len(given) :])])
             calls.append(f"{', '.join(own)}, = {function.__name__}({arguments})")
     functions = dict.fromkeys(
         text for f in (update.decay.coefficients, update.rule.coefficients) for text in source.texts(f, "@triton.jit")
@@ -184,6 +187,20 @@ def prepare_source(kind: Kind) -> str:
         hyperparameters=generate.indent([f"h_{name} = tl.load(h + {1 + i})" for i, name in enumerate(update.hyperparameters)], 4),
         calls=generate.indent(calls, 4),
         row_length=len(names),
+        scalars=generate.indent(
+            [
+                f"{name} = tl.load(scalars + {row} * tensors + tensor, mask=exists, other=0.0).to(tl.float64)"
+                for row, name in enumerate(update.scalars, 1)
+            ],
+            4,
+        ),
+        new_scalars=generate.indent(
+            [
+                f"tl.store(scalars + {row} * tensors + tensor, {name}.to(scalars.dtype.element_ty), mask=taken != 0)"
+                for row, name in enumerate(new_scalars, 1)
+            ],
+            4,
+        ),
         stores=generate.indent(
             [f"tl.store(row + {i}, {name}.to(coefficients.dtype.element_ty), mask=exists)" for i, name in enumerate(names)],
             4,
@@ -315,7 +332,7 @@ def _prepare_on_device(bucket: Bucket, launch: Launch, tables: _Tables) -> tuple
     found_inf = None if scale is None else _on(tables.device, scale.found_inf)
     grad_scale = None if scale is None else _on(tables.device, scale.grad_scale)
     _prepare_kernel(launch.kind).prepare[(-(-count // _TENSORS_A_PROGRAM),)](
-        bucket.steps,
+        bucket.scalars,
         active,
         groups,
         hyperparameters,

@@ -48,11 +48,20 @@ def nonzero(x):
 
 @triton.jit
 def power(base, exponent):
-    # The products of fusedopt.kernels.math.power, in its order, for a block of exponents.
-    remaining = exponent.to(tl.int64)
-    result = exponent * 0.0 + 1.0
+    # The products and roots of fusedopt.kernels.math.power, in its order, for a block of bases and exponents.
+    magnitude = tl.abs(exponent)
+    remaining = magnitude.to(tl.int64)
+    fraction = magnitude - remaining.to(tl.float64)
+    result = magnitude * 0.0 + 1.0
+    square = result * base
+    root = square
     while tl.max(remaining, axis=0) > 0:
-        result = tl.where((remaining & 1) == 1, result * base, result)
-        base = base * base
+        result = tl.where((remaining & 1) == 1, result * square, result)
+        square = square * square
         remaining = remaining >> 1
-    return result
+    while tl.max(fraction, axis=0) > 0.0:
+        root = tl.sqrt(root)
+        fraction = 2.0 * fraction
+        result = tl.where(fraction >= 1.0, result * root, result)
+        fraction = tl.where(fraction >= 1.0, fraction - 1.0, fraction)
+    return tl.where(exponent < 0.0, 1.0 / result, result)

@@ -37,7 +37,6 @@ class _Part:
         self.indices = [member.index for member in bucket.members]
         self._whole = self.indices == list(range(len(self.indices)))
         self._state_dicts = [member.state for member in bucket.members]
-        self._counted = bucket.members[0].counted
         # States are told apart by identity and address alone: nothing changes the shape of one in place.
         self._metadata = layout.Metadata(bucket.parameters)
         self._patterns: dict[bytes, _Pattern] = {}
@@ -58,25 +57,24 @@ class _Part:
 
     def attach(self) -> None:
         """Complete the states of all members; their step counts become views of the bucket's."""
-        self._place_steps()  # first, as in torch's states
+        self._place_scalars()  # first, as in torch's states
         for member in self.bucket.members:
             member.attach()
 
-    def _place_steps(self) -> None:
-        if self._counted:
-            for state, view in zip(self._state_dicts, self.bucket.step_views, strict=True):
-                state["step"] = view
+    def _place_scalars(self) -> None:
+        for name, views in self.bucket.scalar_views.items():
+            for state, view in zip(self._state_dicts, views, strict=True):
+                state[name] = view
 
     def count_on_device(self) -> None:
         """Have the device count steps, and compute coefficients, from now on."""
         if not self.bucket.on_device:
             self.bucket.count_on_device()
-            self._place_steps()
+            self._place_scalars()
 
     def _holds_states(self) -> bool:
-        columns = list(zip(self.bucket.kind.update.states, self.bucket.states, strict=True))
-        if self._counted:
-            columns.append(("step", self.bucket.step_views))
+        bucket = self.bucket
+        columns = [*zip(bucket.kind.update.states, bucket.states, strict=True), *bucket.scalar_views.items()]
         try:
             return all(all(map(operator.is_, map(operator.itemgetter(name), self._state_dicts), own)) for name, own in columns)
         except KeyError:
@@ -139,10 +137,10 @@ class _Part:
         # Where copies stand in for tensors, their addresses are this step's alone.
         addresses = bucket.addresses.copy() if bucket.stands_in else bucket.addresses
         if bucket.on_device:
-            rows, coefficients = numpy.zeros(0, numpy.int64), None
+            rows, coefficients, scalars = numpy.zeros(0, numpy.int64), None, numpy.zeros((0, 0))
         else:
             representatives, rows = bucket.rows(pattern.active)
-            coefficients = coefficient_rows(bucket, kind, representatives, hyperparameters, inverse_scale)
+            coefficients, scalars = coefficient_rows(bucket, kind, representatives, hyperparameters, inverse_scale)
             loss_scale = None
         return Launch(
             kind,
@@ -153,6 +151,7 @@ class _Part:
             pattern.elements,
             rows,
             coefficients,
+            scalars,
             hyperparameters,
             loss_scale,
         )
@@ -190,7 +189,7 @@ class _Part:
         if stand_ins:
             bucket.give_back(stand_ins, launch.kind.unscale)
         if not bucket.on_device:
-            bucket.advance(launch.active)
+            bucket.advance(launch)
         if bucket.by_address:
             if self._watch is not None:
                 self._watch.count_versions()
@@ -211,20 +210,23 @@ def coefficient_rows(
     rows: Sequence[tuple[int, int]],
     hyperparameters: Sequence[Hyperparameters],
     inverse_scale: float | None,
-) -> NDArray[Any]:
-    """Return the coefficients of the (group, representative) ``rows``: computed in float64, rounded once."""
-    update, counts = kind.update, bucket.steps.numpy()
+) -> tuple[NDArray[Any], NDArray[numpy.float64]]:
+    """Return the coefficients of the (group, representative) ``rows``, computed in float64 and rounded once, and new scalars."""
+    update, held = kind.update, bucket.scalars.numpy()
     scale = 1.0 if inverse_scale is None else inverse_scale
-    known: dict[tuple[Hyperparameters, float], tuple[float, ...]] = {}
-    table = []
+    known: dict[tuple[Hyperparameters, tuple[float, ...]], tuple[tuple[float, ...], tuple[float, ...]]] = {}
+    table, scalars = [], []
     for group, representative in rows:
         own = hyperparameters[group]
-        step = counts.item(representative) + 1.0
-        row = known.get((own, step))
+        numbers = tuple(held[:, representative].tolist())
+        row = known.get((own, numbers))
         if row is None:
-            row = known[own, step] = (scale, *update.coefficients(step, own.maximize, [float(value) for value in own.values]))
-        table.append(row)
-    return numpy.array(table, numpy.float64 if kind.compute.dtype == torch.float64 else numpy.float32)
+            values = [float(value) for value in own.values]
+            row = known[own, numbers] = update.coefficients(numbers[0] + 1.0, numbers[1:], own.maximize, values)
+        table.append((scale, *row[0]))
+        scalars.append(row[1])
+    dtype = numpy.float64 if kind.compute.dtype == torch.float64 else numpy.float32
+    return numpy.array(table, dtype), numpy.array(scalars, numpy.float64)
 
 
 class Plan:

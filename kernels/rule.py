@@ -43,9 +43,10 @@ class Rule:
 
     Args:
         update: straight-line function on one element; its arguments are ``p``, ``g``, the states by name, the coefficients.
-        coefficients: function of ``step`` (1 at the parameter's first step) and hyperparameters (its argument names) that
-            returns the coefficients of ``update`` in order, computed in float64.
-        states: names of the states, of the parameter's shape each, zero at first.
+        coefficients: function of ``step`` (1 at the parameter's first step), the scalars and hyperparameters (its argument
+            names) that returns the coefficients of ``update`` in order, computed in float64, then the new scalars.
+        states: names of the states, of the parameter's shape each.
+        scalars: names of the numbers that each parameter keeps beside its step count, in state as 0-dim tensors.
 
     Raises:
         RuleError: if ``update`` is not what every backend can compile, or asks for what it is not given; names the line and
@@ -55,6 +56,7 @@ class Rule:
     update: Callable[..., Any]
     coefficients: Callable[..., tuple[float, ...]]
     states: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         source.check(self.update, results=1 + len(self.states))
@@ -65,7 +67,14 @@ class Rule:
                 f"{list(self.states)}, but takes {', '.join(source.parameters(self.update))}: name each state that it needs "
                 "in `states=`"
             )
-        source.check_coefficients(self.coefficients, source.parameters(self.update)[len(expected) :], self.update.__name__)
+        taken = source.parameters(self.coefficients)
+        if taken[: 1 + len(self.scalars)] != ("step", *self.scalars):
+            raise source.RuleError(
+                f"the coefficients of the rule {self.update.__name__!r} must take {', '.join(('step', *self.scalars))} first, as "
+                f"it declares the scalars {list(self.scalars)}, but {self.coefficients.__name__!r} takes {', '.join(taken)}"
+            )
+        returned = (*source.parameters(self.update)[len(expected) :], *(f"new {name}" for name in self.scalars))
+        source.check_coefficients(self.coefficients, returned, self.update.__name__)
 
 
 def _no_decay(p, g):  # type: ignore[no-untyped-def]
@@ -93,7 +102,7 @@ class Update:
     @functools.cached_property
     def _scalar(self) -> tuple[tuple[Callable[..., Any], tuple[int, ...]], ...]:
         """The functions of coefficients, bound for Python's numbers, each with the places of its hyperparameters."""
-        functions = ((self.decay.coefficients, 0), (self.rule.coefficients, 1))
+        functions = ((self.decay.coefficients, 0), (self.rule.coefficients, 1 + len(self.rule.scalars)))
         return tuple(
             (
                 bind(function, kernel_math.SCALARS),
@@ -113,6 +122,11 @@ class Update:
         return self.rule.states
 
     @functools.cached_property
+    def scalars(self) -> tuple[str, ...]:
+        """The names of the numbers that each parameter keeps beside its step count."""
+        return self.rule.scalars
+
+    @functools.cached_property
     def decay_names(self) -> tuple[str, ...]:
         """The names of the decay's coefficients."""
         return source.parameters(self.decay.update)[2:]
@@ -130,20 +144,26 @@ class Update:
     @functools.cached_property
     def hyperparameters(self) -> tuple[str, ...]:
         """The names of the hyperparameters that the coefficients are computed from."""
-        names = (*source.parameters(self.decay.coefficients), *source.parameters(self.rule.coefficients)[1:])
+        taken = source.parameters(self.rule.coefficients)[1 + len(self.rule.scalars) :]
+        names = (*source.parameters(self.decay.coefficients), *taken)
         return tuple(dict.fromkeys(names))
 
-    def coefficients(self, step: float, maximize: bool, values: Sequence[float]) -> tuple[float, ...]:
-        """Return one row of coefficients in float64.
+    def coefficients(
+        self, step: float, scalars: Sequence[float], maximize: bool, values: Sequence[float]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return one row of coefficients, and the new scalars, in float64.
 
         Args:
             step: 1 at the parameter's first step.
+            scalars: in the rule's order.
             maximize: whether to climb.
             values: of the hyperparameters, in the order of ``hyperparameters``.
         """
         (decay, decay_places), (rule, rule_places) = self._scalar
         sign = -1.0 if maximize else 1.0
-        return (sign, *decay(*[values[i] for i in decay_places]), *rule(step, *[values[i] for i in rule_places]))
+        own = rule(step, *scalars, *[values[i] for i in rule_places])
+        count = len(own) - len(scalars)
+        return (sign, *decay(*[values[i] for i in decay_places]), *own[:count]), own[count:]
 
     def apply(
         self, names: Mapping[str, Any], p: Any, g: Any, states: Sequence[Any], coefficients: Sequence[Any]

@@ -105,6 +105,7 @@ class Member:
         gradient: of the parameter's shape; as it is when the bucket is made, or None.
         group: index of the group whose hyperparameters hold.
         step: how many steps the parameter has taken.
+        scalars: the rule's other numbers of the parameter.
         counted: whether the count stands in ``state["step"]``.
         capturable: whether the count must stand on the parameter's device.
         state: the parameter's state, by name; its tensors are written in place.
@@ -116,6 +117,7 @@ class Member:
     gradient: Tensor | None
     group: int
     step: float
+    scalars: tuple[float, ...]
     counted: bool
     capturable: bool
     state: dict[str, Any]
@@ -146,6 +148,7 @@ class Launch:
         row_of_tensor: [tensors], the row of coefficients of each.
         coefficients: [rows, 1 + coefficients], in the dtype of the arithmetic; the inverse loss scale stands first. None
             where the device computes them, from what follows.
+        scalars: [rows, scalars], those after the step, in float64.
         hyperparameters: by group.
         loss_scale: what a gradient scaler asks for, or None.
     """
@@ -158,6 +161,7 @@ class Launch:
     elements: int
     row_of_tensor: NDArray[numpy.int64]
     coefficients: NDArray[Any] | None
+    scalars: NDArray[numpy.float64]
     hyperparameters: Sequence[Hyperparameters]
     loss_scale: LossScale | None
 
@@ -209,10 +213,10 @@ class Bucket:
         if self.by_address:
             self._read_addresses()
             self.stands_in = self._find_stand_ins()
-        # One vector of step counts, which a single addition advances.
-        with torch.inference_mode(False), torch.no_grad():  # it outlives the mode, and is written outside of it
-            self.steps = torch.tensor([member.step for member in members], dtype=self._step_dtype(), device="cpu")
-            self.step_views = list(self.steps.unbind())
+        # One vector of step counts, which a single addition advances, and one of each other scalar.
+        with torch.inference_mode(False), torch.no_grad():  # they outlive the mode, and are written outside of it
+            columns = [(member.step, *member.scalars) for member in members]
+            self._set_scalars(torch.tensor(columns, dtype=self._step_dtype(), device="cpu").t().contiguous())
         #: Whether the device counts steps and computes coefficients by itself.
         self.on_device = False
         #: What the backend keeps for this bucket.
@@ -220,6 +224,15 @@ class Bucket:
         self._rows: list[tuple[int, int]] | None = None
         self._rows_for: tuple[object, int] = (None, -1)
         self._row_of_tensor: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
+
+    def _set_scalars(self, scalars: Tensor) -> None:
+        #: [1 + scalars, tensors]; step counts first.
+        self.scalars = scalars
+        self.steps = scalars[0]
+        #: What stands in the parameters' states: the numbers of each tensor, by name.
+        names = ("step", *self.kind.update.scalars) if self.members[0].counted else self.kind.update.scalars
+        first = len(scalars) - len(names)
+        self.scalar_views = {name: list(row.unbind()) for name, row in zip(names, scalars[first:], strict=True)}
 
     def _step_dtype(self) -> torch.dtype:
         held = [member.state.get("step") for member in self.members]
@@ -254,8 +267,7 @@ class Bucket:
     def count_on_device(self) -> None:
         """Move the step counts to the device of the parameters, for good."""
         with torch.inference_mode(False), torch.no_grad():
-            self.steps = self.steps.to(self.parameters[0].device)
-            self.step_views = list(self.steps.unbind())
+            self._set_scalars(self.scalars.to(self.parameters[0].device))
         self.on_device = True
 
     def stand_in(self, launch: Launch) -> list[tuple[Tensor, Tensor, int, int]]:
@@ -282,8 +294,12 @@ class Bucket:
                 else:
                     original.copy_(copy)
 
-    def advance(self, active: NDArray[numpy.bool_]) -> None:
-        """Count a step of the ``active`` tensors."""
+    def advance(self, launch: Launch) -> None:
+        """Count a step of the active tensors of ``launch``, and give them their new scalars."""
+        active = launch.active
+        if len(self.scalars) > 1:
+            rows = launch.row_of_tensor[active]
+            self.scalars.numpy()[1:, active] = launch.scalars[rows].T
         known = self._rows_for[1] == self.steps._version
         self.steps.add_(1 if active is self.everyone else torch.from_numpy(active))
         if known:  # those that advance together stay together
@@ -292,12 +308,12 @@ class Bucket:
     def rows(self, active: NDArray[numpy.bool_]) -> tuple[list[tuple[int, int]], NDArray[numpy.int64]]:
         """Return the distinct (group, tensor that represents it) of active tensors, and each tensor's index into them.
 
-        Tensors of a group that have taken equally many steps share a row of coefficients.
+        Tensors of a group that have taken equally many steps, and agree in other scalars, share a row of coefficients.
         """
         # Rows hold until other tensors advance, or somebody writes a count.
         if self._rows is not None and self._rows_for[0] is active and self._rows_for[1] == self.steps._version:
             return self._rows, self._row_of_tensor
-        keys = numpy.stack([self.groups, self.steps.numpy().astype(numpy.int64)])[:, active]
+        keys = numpy.concatenate([self.groups[None], self.scalars.numpy().astype(numpy.float64)])[:, active]
         _, first, inverse = numpy.unique(keys, axis=1, return_index=True, return_inverse=True)
         representatives = numpy.flatnonzero(active)[first]
         self._rows = [(int(self.groups[index]), int(index)) for index in representatives]

@@ -53,6 +53,14 @@ DECOUPLED_SGD = fusedopt.SGD, reference.DecoupledSGD
 MOMENTUM = fusedopt.Momentum, reference.Momentum
 ADAM = fusedopt.Adam, torch.optim.Adam
 ADAMW = fusedopt.AdamW, torch.optim.AdamW
+RMSPROP = fusedopt.RMSprop, torch.optim.RMSprop
+ADAGRAD = fusedopt.Adagrad, torch.optim.Adagrad
+ADADELTA = fusedopt.Adadelta, torch.optim.Adadelta
+ADAMAX = fusedopt.Adamax, torch.optim.Adamax
+NADAM = fusedopt.NAdam, torch.optim.NAdam
+RADAM = fusedopt.RAdam, torch.optim.RAdam
+ASGD = fusedopt.ASGD, torch.optim.ASGD
+RPROP = fusedopt.Rprop, torch.optim.Rprop
 
 CASES = [
     Case("sgd", *SGD, {"lr": 0.1}),
@@ -91,6 +99,28 @@ CASES = [
     Case("adamw-amsgrad", *ADAMW, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
     Case("adamw-maximize", *ADAMW, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
     Case("adamw-tensor-lr", *ADAMW, {"lr": tensor_lr(0.01), "weight_decay": 0.1}),
+    Case("rmsprop", *RMSPROP, {"lr": 0.01}),
+    Case("rmsprop-l2-maximize", *RMSPROP, {"lr": 0.01, "weight_decay": 0.01, "maximize": True}),
+    Case("rmsprop-momentum", *RMSPROP, {"lr": 0.01, "momentum": 0.9, "alpha": 0.9}),
+    Case("rmsprop-centered", *RMSPROP, {"lr": 0.01, "centered": True}),
+    Case("rmsprop-centered-momentum-l2", *RMSPROP, {"lr": 0.01, "centered": True, "momentum": 0.9, "weight_decay": 0.01}),
+    Case("adagrad", *ADAGRAD, {"lr": 0.1}),
+    Case("adagrad-l2", *ADAGRAD, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.3, "weight_decay": 0.01}),
+    Case("adagrad-tensor-lr", *ADAGRAD, {"lr": tensor_lr(0.1), "maximize": True}),
+    Case("adadelta", *ADADELTA, {"lr": 1.0}),
+    Case("adadelta-l2-maximize", *ADADELTA, {"lr": 0.5, "rho": 0.8, "weight_decay": 0.01, "maximize": True}),
+    Case("adamax", *ADAMAX, {"lr": 0.01}),
+    Case("adamax-l2-maximize", *ADAMAX, {"lr": 0.01, "weight_decay": 0.01, "maximize": True}),
+    Case("nadam", *NADAM, {"lr": 0.01}),
+    Case("nadam-l2-maximize", *NADAM, {"lr": 0.01, "weight_decay": 0.01, "momentum_decay": 0.02, "maximize": True}),
+    Case("nadam-decoupled", *NADAM, {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    Case("radam", *RADAM, {"lr": 0.01}),
+    Case("radam-rectified", *RADAM, {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.01}),
+    Case("radam-decoupled", *RADAM, {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
+    Case("asgd", *ASGD, {"lr": 0.01}),
+    Case("asgd-averaging-l2", *ASGD, {"lr": 0.1, "lambd": 0.01, "alpha": 0.6, "t0": 1, "weight_decay": 0.01}),
+    Case("rprop", *RPROP, {"lr": 0.01}),
+    Case("rprop-bounds-maximize", *RPROP, {"lr": 0.01, "etas": (0.6, 1.3), "step_sizes": (0.005, 0.02), "maximize": True}),
 ]
 
 # Hyperparameters that may be drawn at random, or changed between two steps, with their range.

@@ -11,7 +11,11 @@ import tolerances
 from cases import Case
 
 # Hyperparameters of which one minus them is taken, whose rounding matters more where they are small.
-WEIGHTS = ("betas", "beta", "momentum", "dampening")
+WEIGHTS = ("betas", "beta", "momentum", "dampening", "alpha", "rho")
+# States that hold quotients of moments.
+QUOTIENTS = {"RMSprop": ("momentum_buffer",), "Adadelta": ("acc_delta",)}
+# Numbers that a parameter keeps: 0-dim tensors in its state whatever its own shape.
+SCALARS = ("step", "mu_product", "eta", "mu")
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Inputs:
         """One long parameter for many: an element's step depends on no other element, and one step takes less time."""
         first = parts[0]
         state = {
-            key: value if key == "step" else torch.cat([part.state[key].flatten() for part in parts])
+            key: value if key in SCALARS else torch.cat([part.state[key].flatten() for part in parts])
             for key, value in first.state.items()
         }
         parameter = torch.cat([part.parameter.flatten() for part in parts])
@@ -66,7 +70,12 @@ def true_step(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
     group.update({key: inputs.hyperparameters[key] for key in group.keys() - {"params", "foreach", "fused"}})
     if inputs.state:
         truth.state[p] = {key: value.clone() for key, value in inputs.state.items()}
-    truth.step()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # in which torch keeps its scalars, then
+    try:
+        truth.step()
+    finally:
+        torch.set_default_dtype(default)
     return outputs(truth, p)
 
 
@@ -79,10 +88,12 @@ def disturbed(inputs: Inputs, dtype: torch.dtype, sign: int) -> Iterator[Inputs]
     yield replace(inputs, parameter=inputs.parameter * (1 + size("parameter")))
     yield replace(inputs, gradient=inputs.gradient * (1 + size("gradient")))
     for key, value in inputs.state.items():
-        if key != "step":
+        if key not in SCALARS:
             yield replace(inputs, state={**inputs.state, key: value * (1 + size("state"))})
     for key, value in inputs.hyperparameters.items():
         relative = size(key if key in tolerances.ROUNDINGS else "hyperparameter")
+        if key == "lr" and "step_sizes" in inputs.hyperparameters and not inputs.state:
+            relative += sign * tolerances.unit_roundoff(dtype)  # it is what a state starts from, as stored
         if key == "lr":
             # The step size holds the bias corrections 1 - beta**step, whose error is that of beta**step and much smaller
             # terms: relatively it is the larger the closer beta is to one.
@@ -104,8 +115,11 @@ def numbers_moved(value: Any, factor: float, addend: float) -> list:
 def true_step_and_errors(case: Case, inputs: Inputs, dtype: torch.dtype):
     """The true results for parameters of `dtype`, and how far from each the arithmetic of a correct step may lead."""
     truth = true_step(case, inputs)
-    names = truth.keys() - {"step"}
+    names = truth.keys() - set(SCALARS)
     errors = {name: truth[name].abs() * tolerances.relative_tolerance("result", dtype) for name in names}
+    for name in names.intersection(QUOTIENTS.get(case.ours.__name__, ())):
+        size = truth[name].abs() + inputs.state.get(name, torch.zeros(())).abs()
+        errors[name] += size * tolerances.relative_tolerance("quotient", dtype)
     for larger, smaller in zip(disturbed(inputs, dtype, 1), disturbed(inputs, dtype, -1), strict=True):
         above, below = true_step(case, larger), true_step(case, smaller)
         for name in names:
@@ -139,7 +153,8 @@ def checked_step(case: Case, optimizer: torch.optim.Optimizer) -> None:
         for p in group["params"]:
             if p.grad is not None:
                 inputs = Inputs.of(optimizer, group, p)
-                key = (number, p.dtype, float(inputs.state.get("step", 0)), *sorted(inputs.state))
+                scalars = [float(inputs.state.get(name, 0)) for name in SCALARS]
+                key = (number, p.dtype, *scalars, *sorted(inputs.state))
                 alike.setdefault(key, []).append((p, inputs))
     optimizer.step()
     with one_thread():
@@ -152,8 +167,10 @@ def check_members(case: Case, optimizer: torch.optim.Optimizer, dtype: torch.dty
     truth, errors = true_step_and_errors(case, Inputs.joined([inputs for _, inputs in members]), dtype)
     sizes = [p.numel() for p, _ in members]
     for name, right in truth.items():
-        if name == "step":
-            assert all(float(optimizer.state[p]["step"]) == float(right) for p, _ in members), "wrong step counts"
+        if name in SCALARS:
+            found = [optimizer.state[p][name] for p, _ in members]
+            errors_in_ulps = [tolerances.in_ulps(abs(float(number) - float(right)), float(right), number.dtype) for number in found]
+            assert max(errors_in_ulps) <= 0.5, f"wrong {name}"
             continue
         for (p, _), true_part, error in zip(members, right.split(sizes), errors[name].split(sizes), strict=True):
             ours = outputs(optimizer, p)

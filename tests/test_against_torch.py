@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fusedopt
 from cases import RANGES, copies, draw_gradients, each_case, make_parameters, named
 from fusedopt.kernels.tables import CHUNK
-from single_step import checked_step
+from single_step import SCALARS, checked_step
 from tolerances import half_ulp
 
 STEPS = 3
@@ -83,9 +84,9 @@ def test_mixed_dtypes(name, mixture):
         checked_step(case, optimizer)
         for p in params:
             for key, value in optimizer.state.get(p, {}).items():
-                if key != "step":
+                if key not in SCALARS:
                     optimizer.state[p][key] = value.to(of_state)
-    assert {value.dtype for p in params for key, value in optimizer.state.get(p, {}).items() if key != "step"} <= {of_state}
+    assert {value.dtype for p in params for key, value in optimizer.state.get(p, {}).items() if key not in SCALARS} <= {of_state}
 
 
 def set_gradients(params, dtype):
@@ -119,11 +120,15 @@ def test_random_hyperparameters(case, data):
         checked_step(case, optimizer)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e20])
+#: The square of 1e20 overflows float32, but not (1 - beta2) times it, as torch computes it. Others weigh a square by more.
+LARGE_GRADIENTS = {"RMSprop": 1e18, "Adagrad": 1e18, "Adadelta": 1e18}
+
+
+@pytest.mark.parametrize("scale", ["small", "large"])
 @each_case
 def test_very_small_and_very_large_gradients(case, scale):
-    """The square of 1e20 overflows float32, but not (1 - beta2) times it, as torch computes it."""
     params = make_parameters([67])
+    scale = LARGE_GRADIENTS.get(case.ours.__name__, 1e20) if scale == "large" else 1e-15
     optimizer = case.make_ours(params)
     for _ in range(2):
         draw_gradients(params)
@@ -141,7 +146,9 @@ def test_float64_stays_with_torch_over_many_steps(case):
         draw_gradients(ours, theirs)
         optimizer.step()
         truth.step()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    # torch rounds NAdam's product of momenta to float32 before it uses it.
+    rounded = case.ours is fusedopt.NAdam
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 if rounded else 1e-13)
 
 
 @pytest.mark.parametrize("decay", [1e-5, 1e-6, 2e-7])

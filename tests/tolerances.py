@@ -23,6 +23,9 @@ ROUNDINGS = {
     # All that becomes of the moments afterwards: the sum of the second one, its root (which halves what came before), the sum
     # with the rounded eps, the quotient, the product with the rounded step size.
     "lr": 8,
+    # As for lr, where what becomes of the moments is kept in a state, from which lr is away: the buffer of RMSprop's momentum
+    # and Adadelta's average, a square of it.
+    "quotient": 8,
     # It is rounded, and multiplied by the parameter, and by lr.
     "weight_decay": 3,
     # Those that are never rounded to float32 by themselves: 1 - beta and 1 - beta**step are to be computed in float64,

@@ -1,0 +1,79 @@
+"""Adamax, as torch.optim has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt.kernels import rules
+from fusedopt.kernels.rule import Update
+from fusedopt.optimizer import FusedOptimizer, decay_of
+
+
+class Adamax(FusedOptimizer, torch.optim.Adamax):
+    r"""Adamax, fused; in place of torch.optim.Adamax.
+
+    .. math::
+        g \leftarrow g + \lambda \theta, \quad
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        u \leftarrow \max(\beta_2 u, |g| + \epsilon), \quad
+        \theta \leftarrow \theta - \frac{\alpha}{1 - \beta_1^t} \frac{m}{u}
+
+    Parameters, ``step`` (t, of the parameter's own), ``exp_avg`` (m) and ``exp_inf`` (u) are written in place, of any floating
+    point or complex dtype and any shape and layout.
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups.
+        lr: alpha, >= 0; a number or a tensor of one element (default: 2e-3).
+        betas: beta_1 and beta_2, in [0, 1) (default: (0.9, 0.999)).
+        eps: epsilon, >= 0, added to the magnitude (default: 1e-8).
+        weight_decay: lambda, >= 0 (default: 0).
+        foreach: True asks for torch's own implementation by lists (default: None).
+        maximize: climb instead of descending (default: False).
+        differentiable: True asks for torch's own, through which autograd can pass (default: False).
+        capturable: keep step counts on the GPU, so that a CUDA graph can capture a step (default: False).
+        fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
+
+    Raises:
+        ValueError: for a hyperparameter out of range, with torch's message.
+        RuntimeError: if options exclude each other.
+
+    Source: Kingma and Ba 2015, "Adam: a method for stochastic optimization", Algorithm 2.
+    """
+
+    _torch_class = torch.optim.Adamax
+    _own_options = (("fused", None),)
+    _sparse_message = "Adamax does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            capturable=capturable,
+        )
+        self._set_options(fused=fused)
+
+    def _update(self, group: dict[str, Any], decays: bool) -> Update:  # noqa: ARG002  # of any group
+        return decay_of(rules.adamax, decays, decoupled=False)
