@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fusedopt.custom import RuleOptimizer
 from fusedopt.kernels import rules
-from fusedopt.kernels.rule import Update
-from fusedopt.optimizer import FusedOptimizer, decay_of
 
 
-class Momentum(FusedOptimizer):
+class Momentum(RuleOptimizer):
     r"""Descent along an exponential average of gradients, fused.
 
     .. math::
@@ -36,11 +35,15 @@ class Momentum(FusedOptimizer):
     Raises:
         ValueError: for a hyperparameter out of range.
 
+    Differences from torch:
+        - It is not in torch, whose SGD takes a gradient in whole: ``b = mu b + g``.
+
     Source: Polyak 1964, "Some methods of speeding up the convergence of iteration methods", in the averaged form.
     """
 
+    rule = rules.averaged_momentum
+    hyperparameters: ClassVar[dict[str, Any]] = {"lr": None, "beta": 0.9}
     _counts_steps = False
-    _sparse_message = "Momentum does not support sparse gradients: use SGD with momentum, or dense gradients"
 
     def __init__(
         self,
@@ -53,27 +56,14 @@ class Momentum(FusedOptimizer):
         maximize: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta value: {beta}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        defaults = {
-            "lr": lr,
-            "beta": beta,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "differentiable": False,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
-
-    def _torch_lacks(self, group: dict[str, Any]) -> str | None:  # noqa: ARG002  # of any group
-        return "torch has no optimizer of this form"
-
-    def _update(self, group: dict[str, Any], decays: bool) -> Update:
-        return decay_of(rules.averaged_momentum, decays, group["decoupled_weight_decay"])
+        super().__init__(
+            params,
+            lr,
+            beta=beta,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+            fused=fused,
+        )

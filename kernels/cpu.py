@@ -29,7 +29,7 @@ from math import sqrt
 from numba import carray, cfunc, float32, float64, njit
 
 from fusedopt.kernels import cpu_runtime as runtime
-from fusedopt.kernels.cpu_runtime import JIT, absolute, maximum, nonzero, where
+from fusedopt.kernels.cpu_runtime import JIT, absolute, maximum, nonzero, sign, where
 
 
 {functions}

@@ -189,6 +189,19 @@ def maximum(a, b):
     return a if (a > b or a != a) else b
 
 
+@intrinsic
+def sign(typing_context, x):
+    """Return 1 above zero, -1 below, else ``x`` itself, in its own type: literals of Python would make it float64."""
+
+    def generate(context, builder, signature, arguments):
+        number = arguments[0]
+        zero, one = number.type(0.0), number.type(1.0)
+        below = builder.select(builder.fcmp_ordered("<", number, zero), number.type(-1.0), number)
+        return builder.select(builder.fcmp_ordered(">", number, zero), one, below)
+
+    return x(x), generate
+
+
 @njit(**JIT)
 def nonzero(x):
     return x != 0

@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 
 from fusedopt.kernels.gpu_runtime import (
-    absolute, divide_{compute} as divide, maximum, nonzero, power, sqrt_{compute} as sqrt, where,
+    absolute, divide_{compute} as divide, maximum, nonzero, power, sign, sqrt_{compute} as sqrt, where,
 )
 
 
@@ -85,7 +85,7 @@ _PREPARE_TEMPLATE = '''\
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.gpu_runtime import absolute, maximum, nonzero, power, sqrt_float64 as sqrt, where
+from fusedopt.kernels.gpu_runtime import absolute, maximum, nonzero, power, sign, sqrt_float64 as sqrt, where
 
 
 {functions}

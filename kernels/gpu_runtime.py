@@ -42,6 +42,11 @@ def maximum(a, b):
 
 
 @triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
 def nonzero(x):
     return x != 0
 

@@ -9,6 +9,7 @@ mean is the same everywhere: correctly rounded, NaN propagates, no approximation
 | ``absolute(x)`` | the magnitude |
 | ``where(condition, a, b)`` | ``a`` where the condition holds, else ``b``; both are evaluated |
 | ``maximum(a, b)`` | the larger one; NaN if either is NaN |
+| ``sign(x)`` | 1 above zero, -1 below, else ``x`` itself: zero or NaN |
 | ``nonzero(x)`` | whether ``x`` differs from zero |
 | ``power(base, exponent)`` | ``base`` >= 0 to the ``exponent``; in coefficient functions only |
 """
@@ -23,7 +24,7 @@ import numpy
 import torch
 
 #: Names that rules may call.
-RULE_NAMES = ("sqrt", "absolute", "where", "maximum", "nonzero")
+RULE_NAMES = ("sqrt", "absolute", "where", "maximum", "sign", "nonzero")
 #: Names that coefficient functions may call.
 COEFFICIENT_NAMES = (*RULE_NAMES, "power")
 
@@ -56,6 +57,7 @@ SCALARS: dict[str, Callable[..., Any]] = {
     "absolute": abs,
     "where": lambda condition, a, b: a if condition else b,
     "maximum": lambda a, b: a if (a > b or a != a) else b,
+    "sign": lambda x: 1.0 if x > 0 else -1.0 if x < 0 else x,
     "nonzero": lambda x: x != 0,
     "power": power,
 }
@@ -66,11 +68,12 @@ ARRAYS: dict[str, Callable[..., Any]] = {
     "absolute": numpy.abs,
     "where": numpy.where,
     "maximum": lambda a, b: numpy.where((a > b) | (a != a), a, b),
+    "sign": lambda x: numpy.where(x > 0, x.dtype.type(1), numpy.where(x < 0, x.dtype.type(-1), x)),
     "nonzero": lambda x: x != 0,
 }
 
 # What the names mean in a rule that is called as it stands: on NumPy arrays.
-sqrt, absolute, where, maximum, nonzero = (ARRAYS[name] for name in RULE_NAMES)
+sqrt, absolute, where, maximum, sign, nonzero = (ARRAYS[name] for name in RULE_NAMES)
 
 #: Bindings for torch tensors: every device and layout that torch serves.
 TENSORS: dict[str, Callable[..., Any]] = {
@@ -79,5 +82,6 @@ TENSORS: dict[str, Callable[..., Any]] = {
     # A condition on coefficients alone is a plain bool here.
     "where": lambda condition, a, b: (a if condition else b) if isinstance(condition, bool) else torch.where(condition, a, b),
     "maximum": lambda a, b: torch.where((a > b) | (a != a), a, b),
+    "sign": lambda x: torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, x)),
     "nonzero": lambda x: x != 0,
 }

@@ -37,7 +37,13 @@ class RuleError(TypeError):
 @functools.cache
 def tree(function: Callable[..., Any]) -> ast.FunctionDef:
     """Return the syntax tree of ``function``, its line numbers those of its file."""
-    lines, first = inspect.getsourcelines(function)
+    try:
+        lines, first = inspect.getsourcelines(function)
+    except OSError as error:
+        raise RuleError(
+            f"the source of {function!r} cannot be read, and kernels are written from it: define the rule in a file or a "
+            "notebook's cell, not at a bare prompt or by exec()"
+        ) from error
     node = ast.parse(textwrap.dedent("".join(lines))).body[0]
     if not isinstance(node, ast.FunctionDef):
         raise RuleError(f"{function!r} must be a plain function, written with `def`, to be a rule")

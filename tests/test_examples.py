@@ -22,7 +22,15 @@ def learns_the_digits(printed):
     assert len(re.findall(r"\b(?:numba|triton)\b", printed)) == 6
 
 
-CHECKS = {"train_digits.py": learns_the_digits}
+def learns_by_a_rule_of_its_own(printed):
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 11
+    assert losses[-1] < 0.2 < 2 < losses[0]
+    assert len(re.findall(r"\b(?:numba|triton)\b", printed)) == 4
+    assert len((EXAMPLES / "custom_rule.py").read_text(encoding="utf-8").splitlines()) < 40
+
+
+CHECKS = {"custom_rule.py": learns_by_a_rule_of_its_own, "train_digits.py": learns_the_digits}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
