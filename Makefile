@@ -24,7 +24,7 @@ INSTALL := $(PIP) --upgrade setuptools && $(PIP) --no-build-isolation '$(TORCH)'
 DEFINITION := setup.py pyproject.toml constraints.txt
 CHOICES := $(PYTHON) $(TORCH) $(TRITON)
 
-.PHONY: help demo test test-newest-triton lint bench info clean always
+.PHONY: help demo test test-newest-triton lint bench docs info clean always
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo 'make test-newest-triton   run the tests of the Triton kernels with $(NEWEST_TRITON)'
 	@echo 'make lint                 check format, style and types'
 	@echo 'make bench                measure optimizers against torch.optim'
+	@echo 'make docs                 build the documentation: build/docs/index.html'
 	@echo 'make info                 print versions, backends, devices, and what is missing'
 	@echo 'make clean                remove .venv and all else that was made'
 	@echo
@@ -60,11 +61,15 @@ lint: $(VENV)/lint
 bench: $(VENV)/test
 	@$(RUN) -m bench --quick $(ARGS)
 
+# A warning is an error, and so is a name that leads nowhere.
+docs: $(VENV)/docs
+	@$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs $(ARGS)
+
 info: $(VENV)/demo
 	@$(RUN) -m fusedopt info $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist fusedopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist docs/optimizers fusedopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What .venv was made with; rewritten, and so newer than .venv, only when a choice changes.
@@ -95,6 +100,11 @@ $(VENV)/test: $(VENV)/made $(DEFINITION)
 $(VENV)/lint: $(VENV)/test
 	@echo 'Installing ruff and mypy ...'
 	@$(INSTALL) '.[dev]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/made $(DEFINITION)
+	@echo 'Installing what the documentation needs: $(TORCH), numba, Sphinx. Once; it takes minutes ...'
+	@$(INSTALL) '.[docs]'
 	@touch $@
 
 $(VENV)/newest-triton: $(VENV)/test

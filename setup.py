@@ -18,6 +18,7 @@ DEMO = ["matplotlib", "rich", "scikit-learn"]
 # build, setuptools and wheel: tests make a wheel and a source distribution without a network.
 TEST = ["build", "expecttest", "hypothesis", "pytest>=8", "pytest-benchmark", "setuptools>=77", "wheel"]
 DEV = ["mypy", "ruff"]
+DOCS = ["furo", "myst-parser", "sphinx"]
 
 
 def version() -> str:
@@ -53,6 +54,7 @@ setup(
         "demo": DEMO,
         "test": [*TEST, *DEMO, *TRITON],
         "dev": DEV,
+        "docs": DOCS,
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -21,7 +21,7 @@ def lion_coefficients(step, lr, beta1, beta2):
 
 class Lion(RuleOptimizer):
     rule = Rule(lion, lion_coefficients, states=("exp_avg",))
-    hyperparameters = {"lr": 1e-3, "betas": (0.9, 0.99)}
+    hyperparameters = {"lr": 1e-3, "betas": (0.9, 0.99)}  # noqa: RUF012
 
 
 torch.manual_seed(0)

@@ -42,6 +42,11 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
 
+    Differences from torch:
+        - ``fused`` is added: torch 2.13 has no fused Adadelta.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States keep their dtype through a checkpoint; torch casts them to the parameter's.
+
     Source: Zeiler 2012, "ADADELTA: an adaptive learning rate method", Algorithm 1.
     """
 

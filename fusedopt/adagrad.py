@@ -41,6 +41,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
 
+    Differences from torch:
+        - ``capturable`` is added.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States keep their dtype through a checkpoint; torch casts them to the parameter's.
+
     Source: Duchi, Hazan and Singer 2011, "Adaptive subgradient methods for online learning and stochastic optimization",
     Figure 1.
     """

@@ -51,6 +51,11 @@ class Adam(_AdamKernels, torch.optim.Adam):
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
 
+    Differences from torch:
+        - None in the arguments.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States keep their dtype through a checkpoint; torch casts them to the parameter's.
+
     Source: Kingma and Ba 2015, "Adam: a method for stochastic optimization", Algorithm 1; Reddi et al. 2018, "On the
     convergence of Adam and beyond", Algorithm 2.
     """
@@ -116,6 +121,11 @@ class AdamW(_AdamKernels, torch.optim.AdamW):
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
+
+    Differences from torch:
+        - None in the arguments.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States keep their dtype through a checkpoint; torch casts them to the parameter's.
 
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization", Algorithm 2.
     """

@@ -41,6 +41,11 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
 
+    Differences from torch:
+        - ``fused`` is added: torch 2.13 has no fused Adamax.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States keep their dtype through a checkpoint; torch casts them to the parameter's.
+
     Source: Kingma and Ba 2015, "Adam: a method for stochastic optimization", Algorithm 2.
     """
 

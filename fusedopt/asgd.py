@@ -44,6 +44,11 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
 
+    Differences from torch:
+        - ``fused`` is added: torch 2.13 has no fused ASGD.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States, ``eta`` and ``mu`` keep their dtype through a checkpoint; torch casts them to the parameter's.
+
     Source: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging".
     """
 

@@ -45,6 +45,11 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
 
+    Differences from torch:
+        - ``fused`` is added: torch 2.13 has no fused NAdam.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States and ``mu_product`` keep their dtype through a checkpoint; torch casts them to the parameter's.
+
     Source: Dozat 2016, "Incorporating Nesterov momentum into Adam", Algorithm 2.
     """
 

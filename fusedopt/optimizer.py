@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -21,18 +20,10 @@ from fusedopt.kernels.plan import Plan, check_member, waves
 from fusedopt.kernels.rule import Rule, Update, no_decay
 from fusedopt.kernels.rules import decoupled_decay, l2_decay
 from fusedopt.kernels.tables import Hyperparameters, LossScale, Member
-from fusedopt.prepared import Prepared, TorchView, same_objects
+from fusedopt.prepared import Prepared, TorchView, levels_to_caller, new_state, same_objects
 
 #: Options that choose an implementation. They are this optimizer's own, whatever checkpoint is loaded.
 IMPLEMENTATION_OPTIONS = ("fused", "foreach", "differentiable", "capturable")
-
-
-def _levels_to_caller() -> int:
-    """Return the ``stacklevel`` at which ``warnings.warn``, called by the caller, names the line outside of torch and us."""
-    level, frame = 0, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level + 1
 
 
 def _number(value: Any) -> float:
@@ -306,16 +297,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         taken = state.get("step", 0.0) if self._counts_steps else bool(update.states) and not missing
         # A state made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            new = {name: self._new_state(parameter, self._initial(self.param_groups[group], name)) for name in missing}
+            new = {name: new_state(parameter, self._initial(self.param_groups[group], name)) for name in missing}
         scalars = tuple(
             _number(state[name] if name in state else self._initial(self.param_groups[group], name)) for name in update.scalars
         )
         capturable = bool(self.param_groups[group].get("capturable"))
         return Member(parameter, index, gradient, group, _number(taken), scalars, self._counts_steps, capturable, state, new)
-
-    def _new_state(self, parameter: Tensor, initial: float) -> Tensor:
-        value = complex(initial, initial) if parameter.is_complex() else initial
-        return torch.full_like(parameter, value, memory_format=torch.preserve_format, requires_grad=False)
 
     def _attach(self, plan: Plan, members: Sequence[Member]) -> None:
         for member in members:
@@ -401,7 +388,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} runs by operations of torch, unfused, where {reason}; explain() tells for which "
                 "parameters, fused=False asks for torch's own implementation",
                 UserWarning,
-                stacklevel=_levels_to_caller(),
+                stacklevel=levels_to_caller(),
             )
 
     def explain(self) -> str:

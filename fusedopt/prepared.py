@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,3 +73,17 @@ class Prepared:
 def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
     """Whether two sequences hold the same objects in the same order."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def levels_to_caller() -> int:
+    """Return the ``stacklevel`` at which ``warnings.warn``, called by the caller, names the line outside of torch and us."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level + 1
+
+
+def new_state(parameter: Tensor, initial: float) -> Tensor:
+    """Return a state in the layout of ``parameter`` that holds ``initial``, in both parts of complex numbers."""
+    value = complex(initial, initial) if parameter.is_complex() else initial
+    return torch.full_like(parameter, value, memory_format=torch.preserve_format, requires_grad=False)

@@ -46,6 +46,11 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
 
+    Differences from torch:
+        - ``fused`` is added: torch 2.13 has no fused RAdam.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States keep their dtype through a checkpoint; torch casts them to the parameter's.
+
     Source: Liu et al. 2020, "On the variance of the adaptive learning rate and beyond", Algorithm 2.
     """
 

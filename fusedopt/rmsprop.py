@@ -43,6 +43,11 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
 
+    Differences from torch:
+        - ``fused`` is added: torch 2.13 has no fused RMSprop.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States keep their dtype through a checkpoint; torch casts them to the parameter's.
+
     Source: Hinton 2012, "Neural networks for machine learning", lecture 6e; centered: Graves 2013, "Generating sequences with
     recurrent neural networks", section 4.2.
     """

@@ -29,7 +29,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     Args:
         params: parameters, named parameters, or dicts of parameter groups.
         lr: alpha, >= 0, the step size at first; a number or a tensor of one element (default: 1e-2).
-        etas: eta_- and eta_+, 0 < eta_- < 1 < eta_+ (default: (0.5, 1.2)).
+        etas: ``eta_-`` and ``eta_+``, ``0 < eta_- < 1 < eta_+`` (default: (0.5, 1.2)).
         step_sizes: s_min and s_max (default: (1e-6, 50)).
         capturable: keep step counts on the GPU, so that a CUDA graph can capture a step (default: False).
         foreach: True asks for torch's own implementation by lists (default: None).
@@ -40,6 +40,11 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
+
+    Differences from torch:
+        - ``fused`` is added: torch 2.13 has no fused Rprop.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States keep their dtype through a checkpoint; torch casts them to the parameter's.
 
     Source: Riedmiller and Braun 1993, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm"; in the
     form iRprop- of Igel and Huesken 2000.

@@ -43,6 +43,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         ValueError: for a hyperparameter out of range, with torch's message.
         RuntimeError: if options exclude each other.
 
+    Differences from torch:
+        - ``decoupled_weight_decay`` and ``capturable`` are added.
+        - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
+        - States keep their dtype through a checkpoint; torch casts them to the parameter's.
+
     Source: Robbins and Monro 1951; Sutskever et al. 2013, "On the importance of initialization and momentum in deep
     learning", section 2; Loshchilov and Hutter 2019, "Decoupled weight decay regularization", Algorithm 1.
     """

@@ -138,16 +138,8 @@ def _nadam_coefficients(step, mu_product, lr, beta1, beta2, eps, momentum_decay)
     root_correction2 = sqrt(1.0 - power(beta2, step))
     gradient_size = lr * root_correction2 * (1.0 - mu) / (1.0 - mu_product)
     average_size = lr * root_correction2 * next_mu / (1.0 - mu_product * next_mu)
-    return (
-        gradient_size,
-        average_size,
-        beta1,
-        1.0 - beta1,
-        beta2,
-        1.0 - beta2,
-        eps * root_correction2,
-        mu_product,
-    )
+    eps = eps * root_correction2
+    return gradient_size, average_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, mu_product
 
 
 #: Adam with Nesterov's momentum (Dozat 2016, Algorithm 2); ``mu_product`` is the product of all momenta so far.

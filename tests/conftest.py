@@ -8,10 +8,14 @@ import sys
 import hypothesis
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 # Triton reads this once, when it is imported, so it has to stand before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# torch keeps the functions that make tensors at its first use of a device context: these, and not what a test puts there.
+_device_constructors()
 
 LIBRARY = "fusedopt"
 

@@ -1,0 +1,409 @@
+"""Training by two processes: DDP, FSDP2, ZeroRedundancyOptimizer and distributed checkpoints, over gloo on this machine.
+
+Both processes are started once and then run one scenario after the other, so that nobody waits for their imports twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import tempfile
+import traceback
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fusedopt
+from training import (
+    MAKERS,
+    NAMES,
+    OPTIONS,
+    assert_same_weights,
+    backward,
+    each_name,
+    make_batches,
+    make_model,
+    make_ours,
+    make_truth,
+    some_names,
+    truth_class,
+    truth_options,
+)
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch is built without gloo, which joins the processes"
+)
+
+RANKS = 2
+# Protects from hanging for good, as where one process waits for another that has failed; no test takes as long.
+SECONDS = 120
+
+
+class Processes:
+    """Two processes that run functions of this module together, as ranks 0 and 1 of a group."""
+
+    def __init__(self):
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        pipes = [context.Pipe() for _ in range(RANKS)]
+        self._ends = [ours for ours, _ in pipes]
+        meeting = f"file://{self._folder.name}/meeting"
+        self._processes = [
+            context.Process(target=serve, args=(rank, meeting, theirs), daemon=True) for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function, *arguments):
+        """Call `function(rank, *arguments)` in both, and raise what either raised."""
+        for end in self._ends:
+            end.send((function.__name__, arguments))
+        failures = []
+        for rank, end in enumerate(self._ends):
+            try:
+                failure = end.recv() if end.poll(SECONDS) else "no answer"
+            except EOFError:
+                failure = "the process ended"
+            if failure is not None:
+                failures.append(f"rank {rank}: {failure}")
+        if failures:
+            self.end()
+            pytest.fail("\n".join(failures), pytrace=False)
+
+    @property
+    def ended(self):
+        return not all(process.is_alive() for process in self._processes)
+
+    def end(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def serve(rank, meeting, end):
+    """In a process of its own: run what the pipe names until it is closed."""
+    torch.set_num_threads(1)  # two processes share what this machine has
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
+    while True:
+        name, arguments = end.recv()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                ignore_warnings_of_torch()
+                torch.manual_seed(0)
+                globals()[name](rank, *arguments)
+            dist.barrier()
+            end.send(None)
+        except BaseException:
+            end.send(traceback.format_exc())
+
+
+def ignore_warnings_of_torch():
+    """What torch 2.13 says of itself, whoever the optimizer is."""
+    warnings.filterwarnings("ignore", message=".*torch\\.jit\\..* is deprecated", category=DeprecationWarning)
+
+
+@pytest.fixture(scope="module")
+def started():
+    running = []
+    yield running
+    for each in running:
+        each.end()
+
+
+@pytest.fixture
+def processes(started):
+    if not started or started[-1].ended:
+        started.append(Processes())
+    return started[-1]
+
+
+def halves(rank, count):
+    """This rank's rows of each batch; gradients are averaged over ranks, so both together see the batch of one process."""
+    return [(x[rank::RANKS], y[rank::RANKS]) for x, y in make_batches(count)]
+
+
+def alone(name, count=5, most=None):
+    """A model that one process trains with the reference, on whole batches; gradients are clipped to the norm `most`."""
+    model = make_model()
+    optimizer = make_truth(name, model.parameters())
+    for batch in make_batches(count):
+        backward(model, batch)
+        if most is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+        optimizer.step()
+    return model
+
+
+# --- DDP ---------------------------------------------------------------------------------------------------------------------
+
+
+def ddp(rank, name, options):
+    from torch.nn.parallel import DistributedDataParallel
+
+    models = []
+    for make in MAKERS.values():
+        models.append(make_model())
+        parallel = DistributedDataParallel(models[-1], **options)
+        optimizer = make(name, parallel.parameters())
+        for number, (inputs, targets) in enumerate(halves(rank, 5)):
+            # Gradients that are views of buckets stay at their places, are zeroed there, or come anew.
+            optimizer.zero_grad(set_to_none=number % 2 == 0)
+            torch.nn.functional.mse_loss(parallel(inputs), targets).backward()
+            optimizer.step()
+    assert_same_weights(name, *models)
+    assert_same_weights(name, models[0], alone(name))
+    for p in models[0].parameters():
+        first = p.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(p, first), "the ranks have parted"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.0001}], ids=["plain", "gradients are views of buckets"]
+)
+@each_name
+def test_ddp(processes, name, options):
+    processes.run(ddp, name, options)
+
+
+class Branching(torch.nn.Module):
+    """A model with a layer that is not used at first, so that its gradients come late."""
+
+    def __init__(self):
+        super().__init__()
+        self.trained, self.late = make_model(), make_model()
+        self.calls = 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        return self.trained(inputs) + (self.late(inputs) if self.calls > 2 else 0.0)
+
+
+def ddp_with_late_gradients(rank, name):
+    from torch.nn.parallel import DistributedDataParallel
+
+    models = []
+    for make in MAKERS.values():
+        models.append(Branching())
+        parallel = DistributedDataParallel(models[-1], find_unused_parameters=True)
+        optimizer = make(name, parallel.parameters())
+        for batch in halves(rank, 5):
+            backward(parallel, batch)
+            optimizer.step()
+    assert_same_weights(name, *(each.trained for each in models))
+    assert_same_weights(name, *(each.late for each in models))
+
+
+@each_name
+def test_ddp_with_late_gradients(processes, name):
+    processes.run(ddp_with_late_gradients, name)
+
+
+# --- ZeroRedundancyOptimizer -------------------------------------------------------------------------------------------------
+
+
+def zero_redundancy(rank, name, as_bucket_view):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    models, saved = [], []
+    for optimizer_class, options in ((getattr(fusedopt, name), OPTIONS[name]), (truth_class(name), truth_options(name))):
+
+        def make(model, optimizer_class=optimizer_class, options=options):
+            return ZeroRedundancyOptimizer(
+                model.parameters(), optimizer_class=optimizer_class, parameters_as_bucket_view=as_bucket_view, **options
+            )
+
+        models.append(make_model())
+        parallel = DistributedDataParallel(models[-1])
+        optimizer = make(parallel)
+        assert type(optimizer.optim) is optimizer_class
+        for number, batch in enumerate(halves(rank, 5)):
+            if number == 3:  # a checkpoint, gathered from the ranks that have parts of it, continues
+                optimizer.consolidate_state_dict(to=0)
+                states = [optimizer.state_dict() if rank == 0 else None]
+                dist.broadcast_object_list(states, 0)
+                optimizer = make(parallel)
+                optimizer.load_state_dict(states[0])
+                saved.append(states[0])
+            optimizer.param_groups[0]["lr"] = OPTIONS[name]["lr"] / (1 + number)
+            backward(parallel, batch)
+            optimizer.step()
+        owned = {index for index, p in enumerate(parallel.parameters()) if p in optimizer.optim.state}
+        assert 0 < len(owned) < len(list(parallel.parameters())), "each rank keeps the states of its own parameters alone"
+    assert_same_weights(name, *models)
+    assert saved[0]["state"].keys() == saved[1]["state"].keys()
+
+
+@pytest.mark.parametrize("as_bucket_view", [False, True], ids=["plain", "parameters are views of buckets"])
+@each_name
+def test_zero_redundancy_optimizer(processes, name, as_bucket_view):
+    processes.run(zero_redundancy, name, as_bucket_view)
+
+
+# --- FSDP2 -------------------------------------------------------------------------------------------------------------------
+
+
+def sharded(model, **options):
+    """Shard each layer over both ranks: 7 rows as 4 and 3, and the one row of the last layer as 1 and 0."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = a_mesh()
+    for layer in model:
+        if isinstance(layer, torch.nn.Linear):
+            fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+@functools.cache
+def a_mesh():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (RANKS,))
+
+
+def whole(model):
+    """A model that is not sharded, with the weights of one that is."""
+    result = make_model()
+    with torch.no_grad():
+        for p, q in zip(result.parameters(), model.parameters(), strict=True):
+            p.copy_(q.full_tensor())
+    return result
+
+
+def ignore_unfused_shards():
+    warnings.filterwarnings("ignore", message=".*runs by operations of torch.*DTensor", category=UserWarning)
+
+
+def shards(rank, name, most):
+    ignore_unfused_shards()
+    model = sharded(make_model())
+    rows = [p.to_local().shape[0] for p in model.parameters()]
+    assert rows == ([4, 4, 4, 4, 1, 1] if rank == 0 else [3, 3, 3, 3, 0, 0])
+    optimizer = make_ours(name, model.parameters())
+    for batch in halves(rank, 5):
+        backward(model, batch)
+        if most is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+        optimizer.step()
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            assert value.dim() == 0 or (type(value) is type(p) and value.placements == p.placements), key
+    # Not with torch's on shards: its Rprop cannot step on them.
+    assert_same_weights(name, whole(model), alone(name, most=most))
+
+
+@pytest.mark.parametrize("most", [None, 0.3], ids=["plain", "clipped"])
+@each_name
+def test_fsdp2_with_unequal_shards(processes, name, most):
+    processes.run(shards, name, most)
+
+
+def explained_shards(rank):
+    model = sharded(make_model())
+    optimizer = make_ours("AdamW", model.parameters())
+    backward(model, halves(rank, 1)[0])
+    with pytest.warns(UserWarning, match="DTensor is not plain memory"):
+        optimizer.step()
+    lines = optimizer.explain().splitlines()
+    assert len(lines) == 6 and all("-> tensor (DTensor is not plain memory)" in line for line in lines), lines
+
+
+def test_who_updates_shards_is_explained(processes):
+    processes.run(explained_shards)
+
+
+def overflow_on_one_rank(rank, name, makes):
+    """Only rank 0 has shards of the last layer with an infinite gradient; the step is left out by both."""
+    from torch.amp import GradScaler
+
+    ignore_unfused_shards()
+    model = sharded(make_model())
+    optimizer = MAKERS[makes](name, model.parameters())
+    scaler = GradScaler("cpu", init_scale=16.0)
+    before = whole(model)
+    inputs, targets = halves(rank, 1)[0]
+    scaler.scale(torch.nn.functional.mse_loss(model(inputs), targets)).backward()
+    if rank == 0:
+        list(model.parameters())[-1].grad.to_local().fill_(torch.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    changed = [not torch.equal(p, q) for p, q in zip(whole(model).parameters(), before.parameters(), strict=True)]
+    assert not any(changed), changed
+    assert scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize("makes", MAKERS)
+def test_overflow_in_a_shard_of_one_rank(processes, makes):
+    processes.run(overflow_on_one_rank, "SGD", makes)
+
+
+# --- distributed checkpoints -------------------------------------------------------------------------------------------------
+
+
+def wrapped(model, kind):
+    from torch.nn.parallel import DistributedDataParallel
+
+    return {"plain": lambda m: m, "ddp": DistributedDataParallel, "fsdp2": sharded}[kind](model)
+
+
+def checkpoint(rank, name, kind, folder, writer, reader):
+    """Train, save, load into a new model and a new optimizer, and train on: as one that was never interrupted."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    def train(model, optimizer, batches):
+        for batch in batches:
+            backward(model, batch)
+            optimizer.step()
+
+    ignore_unfused_shards()
+    # Without a wrapper nobody averages gradients: both ranks train the same model.
+    batches = make_batches(6) if kind == "plain" else halves(rank, 6)
+    models = [wrapped(make_model(), kind) for _ in range(2)]
+    first = MAKERS[writer](name, models[0].parameters())
+    train(models[0], first, batches[:3])
+    state = {"model": get_model_state_dict(models[0]), "optimizer": get_optimizer_state_dict(models[0], first)}
+    dcp.save(state, checkpoint_id=folder)
+
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.zero_()
+    second = MAKERS[reader](name, models[1].parameters())
+    state = {"model": get_model_state_dict(models[1]), "optimizer": get_optimizer_state_dict(models[1], second)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(models[1], state["model"])
+    set_optimizer_state_dict(models[1], second, state["optimizer"])
+    train(models[1], second, batches[3:])
+
+    assert_same_weights(name, whole(models[1]) if kind == "fsdp2" else models[1], alone(name, 6))
+
+
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp2"])
+@some_names
+def test_distributed_checkpoint(processes, tmp_path, name, kind):
+    processes.run(checkpoint, name, kind, str(tmp_path), "ours", "ours")
+
+
+def exchanges():
+    """Our classes and torch's of the same name, which save for one another; torch's Rprop cannot step on shards."""
+    for name in NAMES:
+        if hasattr(torch.optim, name) and name != "Rprop":
+            yield pytest.param(name, "ours", "truth", id=f"{name}-read by torch's")
+            lacks = getattr(fusedopt, name)._own_options
+            marks = pytest.mark.xfail(reason=f"torch's checkpoint lacks {lacks}, which ours asks for") if lacks else ()
+            yield pytest.param(name, "truth", "ours", id=f"{name}-written by torch's", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "writer", "reader"), list(exchanges()))
+def test_exchanged_distributed_checkpoint(processes, tmp_path, name, writer, reader):
+    processes.run(checkpoint, name, "fsdp2", str(tmp_path), writer, reader)
