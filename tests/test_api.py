@@ -10,11 +10,12 @@ from torch.optim import swa_utils
 
 import fusedopt as optim
 
-OURS = ["SGD", "Adam", "AdamW"]
+OURS = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"]
 ours_of_torch = pytest.mark.parametrize("name", OURS)
 every_class = pytest.mark.parametrize("name", [*OURS, "Momentum"])
 #: Options of ours beside torch's: keyword-only, with their defaults.
-EXTRA = {"SGD": {"decoupled_weight_decay": False}, "Adam": {}, "AdamW": {}}
+EXTRA = {"SGD": {"decoupled_weight_decay": False, "capturable": False}, "Adam": {}, "AdamW": {}, "Adagrad": {"capturable": False}}
+EXTRA |= {name: {"fused": None} for name in ("RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")}
 
 
 def parameter(size=3):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -102,7 +104,11 @@ def test_torch_runs_when_asked_for(case, options):
         pytest.skip("torch's foreach Adam takes no tensor lr")
     ours, theirs = make_parameters([(33,), (4, 7), ()]), []
     theirs = copies(ours)
-    optimizers = case.make_ours(ours, **options), case.truth(theirs, **{**case.kwargs, **options})
+    known = {name: value for name, value in options.items() if name in inspect.signature(case.truth).parameters}
+    optimizers = (
+        case.make_ours(ours, **options),
+        case.truth(theirs, **{**case.kwargs, **known, "foreach": options.get("foreach", False)}),
+    )
     for _ in range(3):
         draw_gradients(ours, theirs)
         for optimizer in optimizers:
