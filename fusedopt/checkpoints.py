@@ -73,3 +73,12 @@ def _without_shared_scalars(value: Any) -> Any:
 
 def _is_shared_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value._is_view()
+
+
+def without_defaults(state_dict: dict[str, Any], options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Return ``state_dict`` without those of the (name, value) ``options`` that torch's class lacks.
+
+    A reader that asks for each key, as torch.distributed.checkpoint does, finds in torch's checkpoints only torch's.
+    """
+    groups = [{key: value for key, value in group.items() if (key, value) not in options} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}

@@ -127,7 +127,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim does; step counts are copies."""
-        return checkpoints.without_shared_scalars(super().state_dict())
+        return checkpoints.without_defaults(checkpoints.without_shared_scalars(super().state_dict()), self._own_options)
 
     def __getstate__(self) -> dict[str, Any]:
         return checkpoints.without_shared_scalars(super().__getstate__())

@@ -18,7 +18,7 @@ OURS = ["SGD", "Adam", "AdamW"]
 ours_of_torch = pytest.mark.parametrize("name", OURS)
 every_class = pytest.mark.parametrize("name", [*OURS, "Momentum"])
 #: Options of ours beside torch's: keyword-only, with their defaults.
-EXTRA = {"SGD": {"decoupled_weight_decay": False}, "Adam": {}, "AdamW": {}}
+EXTRA = {"SGD": {"decoupled_weight_decay": False, "capturable": False}, "Adam": {}, "AdamW": {}}
 
 
 def parameter(size=3):
