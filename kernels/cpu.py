@@ -83,7 +83,7 @@ def kernel_source(kind: Kind) -> str:
     return _TEMPLATE.format(
         title=kind.name,
         runtime=source.fingerprint([cpu_runtime]),
-        functions=generate.functions(update, "@njit(**JIT)"),
+        functions=generate.functions((update.decay.update, update.rule.update), "@njit(**JIT)"),
         open_arrays=generate.indent(
             [
                 f"{array}_array = carray(runtime.{form.name}_pointer(addresses[{row}, tensor] + {form.itemsize} * start), count)"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from fusedopt.kernels import source
 from fusedopt.kernels.rule import Update
 
 
-def functions(update: Update, decorator: str, *, divide: bool = False) -> str:
-    """Return the source of the update's decay and rule with all their helpers, each once, under ``decorator``."""
-    texts = dict.fromkeys(
-        part for function in (update.decay.update, update.rule.update) for part in source.texts(function, decorator, divide=divide)
-    )
-    return "\n\n\n".join(texts)
+def functions(each: Sequence[Callable[..., Any]], decorator: str, rewrite: ast.NodeTransformer | None = None) -> str:
+    """Return the source of functions and of all their helpers, each once, under ``decorator``."""
+    return "\n\n\n".join(dict.fromkeys(text for function in each for text in source.texts(function, decorator, rewrite)))
 
 
 def coefficient_names(update: Update) -> list[str]:

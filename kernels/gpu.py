@@ -85,7 +85,9 @@ _PREPARE_TEMPLATE = '''\
 import triton
 import triton.language as tl
 
-from fusedopt.kernels.gpu_runtime import absolute, maximum, nonzero, power, sign, sqrt_float64 as sqrt, where
+from fusedopt.kernels.gpu_runtime import (
+    absolute, maximum, nonzero, number, power, sign, sqrt_float64 as sqrt, where,
+)
 
 
 {functions}
@@ -151,7 +153,7 @@ def kernel_source(kind: Kind) -> str:
         title=kind.name,
         runtime=_runtime(),
         compute=compute,
-        functions=generate.functions(update, "@triton.jit", divide=True),
+        functions=generate.functions((update.decay.update, update.rule.update), "@triton.jit", source.Divisions()),
         pointers=", ".join(f"{array}_at" for array, _ in arrays),
         coefficients=generate.indent([f"{name} = tl.load(row + {i})" for i, name in enumerate(names)], 4),
         loads=generate.indent(loads, 4),
@@ -176,13 +178,10 @@ def prepare_source(kind: Kind) -> str:
         if own:
             arguments = ", ".join([*given, *(f"h_{name}" for name in source.parameters(function)[len(given) :])])
             calls.append(f"{', '.join(own)}, = {function.__name__}({arguments})")
-    functions = dict.fromkeys(
-        text for f in (update.decay.coefficients, update.rule.coefficients) for text in source.texts(f, "@triton.jit")
-    )
     return _PREPARE_TEMPLATE.format(
         title=update.name,
         runtime=_runtime(),
-        functions="\n\n\n".join(functions),
+        functions=generate.functions((update.decay.coefficients, update.rule.coefficients), "@triton.jit", source.Literals()),
         width=1 + len(update.hyperparameters),
         hyperparameters=generate.indent([f"h_{name} = tl.load(h + {1 + i})" for i, name in enumerate(update.hyperparameters)], 4),
         calls=generate.indent(calls, 4),

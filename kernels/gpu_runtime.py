@@ -52,8 +52,14 @@ def nonzero(x):
 
 
 @triton.jit
+def number(x: tl.constexpr):
+    return tl.full((), x, tl.float64)  # a literal beside no block is float32
+
+
+@triton.jit
 def power(base, exponent):
-    # The products and roots of fusedopt.kernels.math.power, in its order, for a block of bases and exponents.
+    # The products and roots of fusedopt.kernels.math.power, in its order, for a block of bases or of exponents.
+    base, exponent = tl.broadcast(base, exponent)
     magnitude = tl.abs(exponent)
     remaining = magnitude.to(tl.int64)
     fraction = magnitude - remaining.to(tl.float64)

@@ -129,21 +129,30 @@ def _check_expression(part: ast.AST, known: set[str], refuse: Callable[[ast.AST,
         refuse(part, f"uses `{ast.unparse(part)}`", "use names, + - * /, comparisons and the functions that rules may call")
 
 
-class _Divisions(ast.NodeTransformer):
-    """Rewrites ``a / b`` into ``divide(a, b)``."""
+class Divisions(ast.NodeTransformer):
+    """Rewrites ``a / b`` into ``divide(a, b)``, for where a plain division is not correctly rounded."""
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        """Respell a division."""
         self.generic_visit(node)
         if isinstance(node.op, ast.Div):
             return ast.Call(ast.Name("divide", ast.Load()), [node.left, node.right], [])
         return node
 
 
-def texts(function: Callable[..., Any], decorator: str, *, divide: bool = False) -> list[str]:
+class Literals(ast.NodeTransformer):
+    """Rewrites a literal number ``x`` into ``number(x)``, for where a plain one is rounded to float32."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        """Respell a number."""
+        return ast.Call(ast.Name("number", ast.Load()), [node], [])
+
+
+def texts(function: Callable[..., Any], decorator: str, rewrite: ast.NodeTransformer | None = None) -> list[str]:
     """Return the sources of the helpers of ``function`` and its own, each under ``decorator``, for a generated file.
 
     Args:
-        divide: spell ``a / b`` as ``divide(a, b)``, for where a plain division is not correctly rounded (default: False).
+        rewrite: what respells the functions for a compiler, :class:`Divisions` or :class:`Literals` (default: None).
     """
     parts = []
     for each in (*helpers(function), function):
@@ -154,8 +163,8 @@ def texts(function: Callable[..., Any], decorator: str, *, divide: bool = False)
             argument.annotation = None
         if ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-        if divide:
-            node = _Divisions().visit(node)
+        if rewrite is not None:
+            node = rewrite.visit(node)
         parts.append(f"{decorator}\n{ast.unparse(ast.fix_missing_locations(node))}")
     return parts
 

@@ -15,6 +15,9 @@ import torch
 import fusedopt
 import reference
 
+# Numbers that a parameter keeps: 0-dim float32 tensors in its state, whatever its own shape and type.
+SCALARS = ("step", "mu_product", "eta", "mu")
+
 
 @dataclass(frozen=True)
 class Case:

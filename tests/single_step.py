@@ -8,14 +8,12 @@ from typing import Any
 import torch
 
 import tolerances
-from cases import Case
+from cases import SCALARS, Case
 
 # Hyperparameters of which one minus them is taken, whose rounding matters more where they are small.
 WEIGHTS = ("betas", "beta", "momentum", "dampening", "alpha", "rho")
 # States that hold quotients of moments.
 QUOTIENTS = {"RMSprop": ("momentum_buffer",), "Adadelta": ("acc_delta",)}
-# Numbers that a parameter keeps: 0-dim tensors in its state whatever its own shape.
-SCALARS = ("step", "mu_product", "eta", "mu")
 
 
 @dataclass
@@ -71,7 +69,9 @@ def true_step(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
     if inputs.state:
         truth.state[p] = {key: value.clone() for key, value in inputs.state.items()}
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # in which torch keeps its scalars, then
+    if case.truth is torch.optim.NAdam:
+        # It rounds its product of momenta to the default type before it uses it; ours when it keeps it.
+        torch.set_default_dtype(torch.float64)
     try:
         truth.step()
     finally:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cases import device_of, draw_gradients, each_case, make_parameters, named
+from cases import SCALARS, device_of, draw_gradients, each_case, make_parameters, named
 from fusedopt.kernels import backends
 from layouts import LAYOUTS, READ_LAYOUTS, is_untouched
 from single_step import checked_step, outputs
@@ -28,7 +28,7 @@ def gradient_values(dtype):
 def lay_states_out(optimizer, p, lay_out):
     """Replace the states of `p` by equal ones in another layout."""
     state = optimizer.state.get(p, {})
-    for key in state.keys() - {"step"}:
+    for key in state.keys() - set(SCALARS):
         state[key] = lay_out(state[key])
 
 
@@ -63,7 +63,7 @@ def check_layouts(case, layout, gradient_layouts, state_layouts, dtype=torch.flo
         what = f"{layout} parameter, {of_gradient} gradient, {of_state} states"
         for name, tensor in outputs(optimizer, p).items():
             assert same_bits(tensor, right[name]), f"{what}: wrong {name}"
-            assert name == "step" or is_untouched(tensor), f"{what}: written beside the {name}"
+            assert name in SCALARS or is_untouched(tensor), f"{what}: written beside the {name}"
 
 
 @each_parameter_layout
@@ -100,7 +100,7 @@ def test_states_loaded_with_other_strides(name, layout):
         if number == 0:
             saved = optimizer.state_dict()
             for state in saved["state"].values():
-                for key in state.keys() - {"step"}:
+                for key in state.keys() - set(SCALARS):
                     state[key] = LAYOUTS[layout](state[key])
             loaded = {key: value.clone() for state in saved["state"].values() for key, value in state.items()}
             optimizer = case.make_ours([p])
@@ -108,7 +108,7 @@ def test_states_loaded_with_other_strides(name, layout):
     assert all(same_bits(tensor, right[name]) for name, tensor in outputs(optimizer, p).items())
     # Loading is by copy: the caller's tensors are not ours to step on.
     for state in saved["state"].values():
-        assert all(same_bits(value, loaded[key]) and is_untouched(value) for key, value in state.items() if key != "step")
+        assert all(same_bits(value, loaded[key]) and is_untouched(value) for key, value in state.items() if key not in SCALARS)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -139,5 +139,5 @@ def test_complex_numbers_are_pairs(case, dtype):
         checked_step(case, right)
     for p, pair in zip(params, pairs, strict=True):
         for name, tensor in outputs(optimizer, p).items():
-            real = tensor if name == "step" else torch.view_as_real(tensor)
+            real = tensor if name in SCALARS else torch.view_as_real(tensor)
             assert same_bits(real, outputs(right, pair)[name]), name

@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
 import fusedopt
-from cases import RANGES, draw_gradients, each_case, make_parameters, named
+from cases import RANGES, copies, draw_gradients, each_case, make_parameters, named
 from compilations import compilations
 from fusedopt import lr_scheduler
 from single_step import checked_step
@@ -76,6 +76,23 @@ def test_amsgrad_switched_on_in_mid_run():
     for p in params:
         assert torch.equal(optimizer.state[p]["max_exp_avg_sq"], optimizer.state[p]["exp_avg_sq"])
     step(named("adam-amsgrad"), optimizer)
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"centered": True}], ids=str)
+def test_states_of_rmsprop_switched_on_in_mid_run(options):
+    """torch raises KeyError for the missing state; ours begins it at zero."""
+    params = make_parameters(SHAPES)
+    optimizer = fusedopt.RMSprop(params, lr=0.1)
+    step(named("rmsprop"), optimizer)
+    optimizer.param_groups[0].update(options)
+    right = fusedopt.RMSprop(copies(params), lr=0.1, **options)
+    draw_gradients(params, right.param_groups[0]["params"])
+    for p, other in zip(params, right.param_groups[0]["params"], strict=True):
+        zeros = {key: torch.zeros_like(p) for key in ("momentum_buffer" if "momentum" in options else "grad_avg",)}
+        right.state[other] = {**copy.deepcopy(optimizer.state[p]), **zeros}
+    optimizer.step()
+    right.step()
+    assert all(map(torch.equal, params, right.param_groups[0]["params"]))
 
 
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])

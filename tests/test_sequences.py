@@ -14,6 +14,10 @@ SHAPES = [(2, 3, 4, 2), (7,), (), (0,), (33,)]
 ADDED_SHAPES = [(2, 3, 1, 5), (17,)]
 # Two correct implementations part by roundings alone, over some dozen steps.
 TOLERANCE = 1e-12
+# The numbers that these keep beside the step count are float32. torch's NAdam rounds before it uses them, ours when it keeps
+# them; and torch casts them to the parameter's type when it loads.
+TOLERANCE_OF_SCALARS = 1e-6
+WITH_SCALARS = (torch.optim.NAdam, torch.optim.ASGD)
 
 
 class Side:
@@ -50,6 +54,8 @@ class Side:
     def change(self, key, value):
         """Set a hyperparameter of the last group, if it has it, as a scheduler or the user does."""
         group = self.optimizer.param_groups[-1]
+        if key == "momentum" and isinstance(self.optimizer, torch.optim.RMSprop) and not group["momentum"]:
+            return  # torch's fails on parameters that have stepped without; test_live_hyperparameters tries ours
         if isinstance(group.get(key), torch.Tensor):
             group[key].fill_(value)
         elif key in group:
@@ -139,21 +145,26 @@ def apply(ours, theirs, name, *arguments):
             getattr(side, name)(*arguments)
 
 
-def assert_same(ours, theirs):
+def assert_same(ours, theirs, tolerance):
     """Parameters and states agree, and so does which parameters have states at all."""
     assert ours.optimizer.state_dict()["state"].keys() == theirs.optimizer.state_dict()["state"].keys()
     for index, (mine, right) in enumerate(zip(ours.params, theirs.params, strict=True)):
-        assert_near(mine, right, f"parameter {index}")
+        assert_near(mine, right, tolerance, f"parameter {index}")
         states, right_states = (side.optimizer.state.get(p, {}) for side, p in ((ours, mine), (theirs, right)))
         assert states.keys() == right_states.keys()
         for key, value in right_states.items():
-            assert_near(states[key], value, f"{key} of parameter {index}")
+            assert_near(states[key], value, tolerance, f"{key} of parameter {index}")
 
 
-def assert_near(tensor, right, what):
+def assert_near(tensor, right, tolerance, what):
     scale = max(1.0, float(right.detach().abs().max())) if right.numel() else 1.0
     torch.testing.assert_close(
-        tensor.detach(), right.detach(), rtol=0, atol=TOLERANCE * scale, msg=lambda message: f"{what}: {message}"
+        tensor.detach(),
+        right.detach(),
+        rtol=0,
+        atol=tolerance * scale,
+        check_dtype=tolerance == TOLERANCE,
+        msg=lambda message: f"{what}: {message}",
     )
 
 
@@ -176,4 +187,4 @@ def test_any_sequence_of_calls(case, seed, sequence):
     ours, theirs = Side(case.make_ours, seed), Side(case.make_truth, seed)
     for name, *arguments in [*sequence, ("step", [True], 100, "fresh")]:
         apply(ours, theirs, name, *arguments)
-        assert_same(ours, theirs)
+        assert_same(ours, theirs, TOLERANCE_OF_SCALARS if case.truth in WITH_SCALARS else TOLERANCE)
