@@ -66,6 +66,7 @@ PAGES = [
     Page(fusedopt.RAdam, {"lr": 1e-3, "weight_decay": 0.01, "decoupled_weight_decay": True}),
     Page(fusedopt.ASGD, {"lr": 1e-2, "t0": 1000}),
     Page(fusedopt.Rprop, {"lr": 1e-2}),
+    Page(fusedopt.Lion, {"lr": 1e-4, "weight_decay": 0.1}),
 ]
 
 

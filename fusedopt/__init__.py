@@ -13,6 +13,7 @@ from fusedopt.adam import Adam, AdamW
 from fusedopt.adamax import Adamax
 from fusedopt.asgd import ASGD
 from fusedopt.groups import no_decay_groups
+from fusedopt.lion import Lion
 from fusedopt.momentum import Momentum
 from fusedopt.nadam import NAdam
 from fusedopt.radam import RAdam
@@ -31,6 +32,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "Lion",
     "Momentum",
     "NAdam",
     "Optimizer",

@@ -8,7 +8,7 @@ from the hyperparameters and the parameter's step count (1 at the first step), a
 
 from __future__ import annotations
 
-from fusedopt.kernels.math import absolute, maximum, nonzero, power, sqrt, where
+from fusedopt.kernels.math import absolute, maximum, nonzero, power, sign, sqrt, where
 from fusedopt.kernels.rule import Decay, Rule
 
 # --- weight decay: what happens before the rule --------------------------------------------------------------------------
@@ -269,6 +269,19 @@ def _centered_rmsprop_momentum(p, g, square_avg, momentum_buffer, grad_avg, lr, 
 centered_rmsprop_momentum = Rule(
     _centered_rmsprop_momentum, _rmsprop_momentum_coefficients, states=("square_avg", "momentum_buffer", "grad_avg")
 )
+
+
+def _lion(p, g, exp_avg, lr, beta1, one_minus_beta1, beta2, one_minus_beta2):
+    direction = sign(beta1 * exp_avg + one_minus_beta1 * g)
+    return p - lr * direction, beta2 * exp_avg + one_minus_beta2 * g
+
+
+def _lion_coefficients(step, lr, beta1, beta2):
+    return lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2
+
+
+#: Lion (Chen et al. 2023, Algorithm 2): the sign of one average of gradients, while another is kept.
+lion = Rule(_lion, _lion_coefficients, states=("exp_avg",))
 
 
 # --- others --------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ ADAMAX = fusedopt.Adamax, torch.optim.Adamax
 NADAM = fusedopt.NAdam, torch.optim.NAdam
 RADAM = fusedopt.RAdam, torch.optim.RAdam
 ASGD = fusedopt.ASGD, torch.optim.ASGD
+LION = fusedopt.Lion, reference.Lion
 RPROP = fusedopt.Rprop, torch.optim.Rprop
 
 CASES = [
@@ -122,6 +123,8 @@ CASES = [
     Case("radam-decoupled", *RADAM, {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
     Case("asgd", *ASGD, {"lr": 0.01}),
     Case("asgd-averaging-l2", *ASGD, {"lr": 0.1, "lambd": 0.01, "alpha": 0.6, "t0": 1, "weight_decay": 0.01}),
+    Case("lion", *LION, {"lr": 0.01}),
+    Case("lion-decoupled-maximize", *LION, {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1, "maximize": True}),
     Case("rprop", *RPROP, {"lr": 0.01}),
     Case("rprop-bounds-maximize", *RPROP, {"lr": 0.01, "etas": (0.6, 1.3), "step_sizes": (0.005, 0.02), "maximize": True}),
 ]

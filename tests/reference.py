@@ -85,3 +85,37 @@ class Momentum(torch.optim.Optimizer):
                 state["momentum_buffer"] = beta * old + (1 - beta) * gradient
                 decay = lr * weight_decay * p if group["decoupled_weight_decay"] else torch.zeros_like(p)
                 p.copy_(p - decay - lr * state["momentum_buffer"])
+
+
+class Lion(torch.optim.Optimizer):
+    """Steps of one length along the sign of an average of gradients; the decay is decoupled.
+
+    c = beta1 m + (1 - beta1) g;  p = p - lr weight_decay p - lr sign(c);  m = beta2 m + (1 - beta2) g from m = 0
+    """
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, decoupled_weight_decay=True):
+        assert decoupled_weight_decay, "the paper has no other"
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                gradient = -p.grad if group["maximize"] else p.grad.clone()
+                state = self.state[p]
+                old = state.get("exp_avg", torch.zeros_like(p))
+                direction = beta1 * old + (1 - beta1) * gradient
+                # torch's sign of NaN is 0.
+                direction = torch.where(direction.isnan(), direction, direction.sign())
+                p.copy_(p - lr * group["weight_decay"] * p - lr * direction)
+                state["exp_avg"] = beta2 * old + (1 - beta2) * gradient

@@ -131,7 +131,9 @@ def test_infinite_and_nan_gradients_do_what_they_do_in_torch(case):
     param.grad = special.repeat(9)[:67]
     checked_step(case, optimizer)
     finite = param.isfinite()
-    assert torch.equal(finite, param.grad.isfinite() | (case.ours is fusedopt.Rprop))
+    # What takes nothing but a sign is not moved further by infinity, and Rprop's sign of NaN is zero, as torch's.
+    lost = {fusedopt.Lion: param.grad.isnan(), fusedopt.Rprop: torch.zeros_like(finite)}.get(case.ours, ~param.grad.isfinite())
+    assert torch.equal(finite, ~lost)
     draw_gradients([param])
     optimizer.step()
     assert torch.equal(param.isfinite(), finite)
