@@ -93,8 +93,8 @@ $(VENV)/demo: $(VENV)/made $(DEFINITION)
 	@touch $@
 
 $(VENV)/test: $(VENV)/made $(DEFINITION)
-	@echo 'Installing what the tests need: $(TORCH), $(TRITON), numba, pytest and more. Once; it takes minutes ...'
-	@$(INSTALL) '.[test]' $(TRITON:%='%')
+	@echo 'Installing what the tests need: $(TORCH), $(TRITON), numba, pytest, lightning, transformers and more. Once; it takes minutes ...'
+	@$(INSTALL) '.[test,frameworks]' $(TRITON:%='%')
 	@touch $(VENV)/demo $@
 
 $(VENV)/lint: $(VENV)/test

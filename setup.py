@@ -8,15 +8,17 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "fusedopt"
 
-# The oldest releases that the tests were run with.
+# The oldest releases that have what is used of them; README.md says which were tried.
 OLDEST_PYTHON = "3.11"
-OLDEST_TORCH = "2.6"
+OLDEST_TORCH = "2.7"
 OLDEST_TRITON = "3.7.1"
 
 TRITON = [f'triton>={OLDEST_TRITON}; platform_system == "Linux"']
 DEMO = ["matplotlib", "rich", "scikit-learn"]
 # build, setuptools and wheel: tests make a wheel and a source distribution without a network.
 TEST = ["build", "expecttest", "hypothesis", "pytest>=8", "pytest-benchmark", "setuptools>=77", "wheel"]
+# Whose training loops the tests run; without one of them its tests skip.
+FRAMEWORKS = ["accelerate", "lightning", "transformers"]
 DEV = ["mypy", "ruff"]
 DOCS = ["furo", "myst-parser", "sphinx"]
 
@@ -53,6 +55,7 @@ setup(
         "triton": TRITON,
         "demo": DEMO,
         "test": [*TEST, *DEMO, *TRITON],
+        "frameworks": FRAMEWORKS,
         "dev": DEV,
         "docs": DOCS,
     },
