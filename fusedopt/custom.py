@@ -31,7 +31,8 @@ from torch.optim.optimizer import ParamsT
 from fusedopt.kernels.math import absolute, maximum, nonzero, power, sign, sqrt, where
 from fusedopt.kernels.rule import Rule, Update
 from fusedopt.kernels.source import RuleError
-from fusedopt.optimizer import FusedOptimizer, decay_of
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.settings import decay_of
 
 __all__ = ["Rule", "RuleError", "RuleOptimizer", "absolute", "maximum", "nonzero", "power", "sign", "sqrt", "where"]
 

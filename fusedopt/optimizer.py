@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,33 +16,10 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from fusedopt import checkpoints, paths
 from fusedopt.kernels import backends
 from fusedopt.kernels.plan import Plan, check_member, waves
-from fusedopt.kernels.rule import Rule, Update, no_decay
-from fusedopt.kernels.rules import decoupled_decay, l2_decay
+from fusedopt.kernels.rule import Update
 from fusedopt.kernels.tables import Hyperparameters, LossScale, Member
 from fusedopt.prepared import Prepared, TorchView, levels_to_caller, new_state, same_objects
-
-#: Options that choose an implementation. They are this optimizer's own, whatever checkpoint is loaded.
-IMPLEMENTATION_OPTIONS = ("fused", "foreach", "differentiable", "capturable")
-
-
-def _number(value: Any) -> float:
-    return float(value.item()) if isinstance(value, Tensor) else float(value)
-
-
-def _live_number(value: Any, group: dict[str, Any]) -> float | Tensor:
-    # A captured step reads a tensor of its device when it is replayed.
-    if isinstance(value, Tensor) and group.get("capturable") and value.device.type != "cpu":
-        return value
-    return _number(value)
-
-
-def decay_of(rule: Rule, decays: bool, decoupled: bool) -> Update:
-    """Return ``rule`` behind the decay of a group: none where no group ``decays``."""
-    return _update(rule, no_decay if not decays else decoupled_decay if decoupled else l2_decay)
-
-
-# One object for each pair, so that plans can compare updates by identity.
-_update = functools.cache(Update)
+from fusedopt.settings import IMPLEMENTATION_OPTIONS, Settings, as_number
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -63,6 +39,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: What to say of sparse gradients; None if torch's own implementation takes them.
     _sparse_message: ClassVar[str | None] = None
 
+    _settings: Settings | None = None
     _prepared: Prepared | None = None
     _warned: frozenset[str] = frozenset()
     #: Plans whose tables CUDA graphs read when they are replayed; they must live as long.
@@ -178,9 +155,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         gradients = [p.grad for p in parameters]
         if loss_scale is not None and not any(map(backends.decides_on_device, parameters)) and loss_scale.skips():
             return
-        updates, switches = self._updates()
-        hyperparameters = self._hyperparameters(updates)
-        key = (updates, switches, [len(group["params"]) for group in groups], backends.state())
+        settings = self._settings
+        if settings is None or not settings.hold(groups):
+            settings = self._settings = Settings(self)
+        updates, hyperparameters = settings.updates, settings.hyperparameters
+        key = (updates, settings.switches, [len(group["params"]) for group in groups], backends.state())
         prepared = self._prepared
         by_part = None
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -227,21 +206,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         # torch.amp.GradScaler sets both for the time of the step.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         return None if found_inf is None and grad_scale is None else LossScale(found_inf, grad_scale)
-
-    def _updates(self) -> tuple[list[Update], list[tuple[Any, ...]]]:
-        groups = self.param_groups
-        decays = any(isinstance(w := group.get("weight_decay", 0), Tensor) or w != 0 for group in groups)
-        switches = [tuple(group.get(name) for name in IMPLEMENTATION_OPTIONS) for group in groups]
-        return [self._update(group, decays) for group in groups], switches
-
-    def _hyperparameters(self, updates: Sequence[Update]) -> list[Hyperparameters]:
-        return [
-            Hyperparameters(
-                tuple(_live_number(self._hyperparameter(group, name), group) for name in update.hyperparameters),
-                bool(group["maximize"]),
-            )
-            for group, update in zip(self.param_groups, updates, strict=True)
-        ]
 
     def _hyperparameter(self, group: dict[str, Any], name: str) -> Any:
         if name in ("beta1", "beta2") and "betas" in group:
@@ -299,10 +263,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             new = {name: new_state(parameter, self._initial(self.param_groups[group], name)) for name in missing}
         scalars = tuple(
-            _number(state[name] if name in state else self._initial(self.param_groups[group], name)) for name in update.scalars
+            as_number(state[name] if name in state else self._initial(self.param_groups[group], name)) for name in update.scalars
         )
         capturable = bool(self.param_groups[group].get("capturable"))
-        return Member(parameter, index, gradient, group, _number(taken), scalars, self._counts_steps, capturable, state, new)
+        return Member(parameter, index, gradient, group, as_number(taken), scalars, self._counts_steps, capturable, state, new)
 
     def _attach(self, plan: Plan, members: Sequence[Member]) -> None:
         for member in members:

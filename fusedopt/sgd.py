@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt.kernels import rules
 from fusedopt.kernels.rule import Update
-from fusedopt.optimizer import FusedOptimizer, decay_of
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.settings import decay_of
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):

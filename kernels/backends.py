@@ -8,7 +8,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,19 +120,19 @@ def prepare(backend: str, kind: Kind) -> None:
 
 def run(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket`` in place by its backend."""
-    if bucket.backend == "numba":
+    _run(bucket.backend)(bucket, launch)
+
+
+@functools.cache
+def _run(backend: str) -> Callable[[Bucket, Launch], None]:
+    if backend == "numba":
         from fusedopt.kernels import cpu
 
-        cpu.run(bucket, launch)
-    elif bucket.backend == "triton":
+        return cpu.run
+    if backend == "triton":
         from fusedopt.kernels import gpu
 
-        gpu.run(bucket, launch)
-    elif bucket.backend == "numpy":
-        from fusedopt.kernels import reference
+        return gpu.run
+    from fusedopt.kernels import reference
 
-        reference.run_on_arrays(bucket, launch)
-    else:
-        from fusedopt.kernels import reference
-
-        reference.run_on_tensors(bucket, launch)
+    return reference.run_on_arrays if backend == "numpy" else reference.run_on_tensors

@@ -12,13 +12,14 @@ from numba.extending import intrinsic
 #: Without error_model="numpy" a division checks for zero, and loops stay scalar; fastmath would cost the equal bits.
 JIT: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "boundscheck": False}
 
-# A launch is an array of 64-bit integers, whose address is all that a kernel is given. The first line says what to do:
-# addresses of tables, their lengths, and how many chunks to claim at a time; the others change, a cache line each.
+# A launch is an array of 64-bit integers, whose address is all that a kernel is given. The first two lines say what to do:
+# addresses of tables, their lengths, how many chunks to claim at a time, from how many regions, by a team of how many
+# threads, and the address of the function that numbers them (0: in the order of their arrival). The others change, a cache
+# line each; the last ones are the chunks that have been claimed of each region.
 TENSORS, CHUNKS, ROWS, ADDRESS_TABLE, CHUNK_TABLE, ROW_TABLE, COEFFICIENT_TABLE, BATCH = range(8)
-CLAIMED, DONE, LEFT, LATE = 8, 16, 24, 32
-TEAM = 33
-LAUNCH_LENGTH = 40
-
+REGIONS, TEAM, NUMBER = range(8, 11)
+ARRIVED, DONE, LEFT, LATE, CLAIMED = range(16, 56, 8)
+LINE = 8
 
 #: Looks at a launch before a thread takes another for descheduled, and stops looking: about a millisecond, longer
 #: than the longest claim takes.
@@ -125,6 +126,23 @@ def add_to_count(typing_context, address):
         builder.atomic_rmw("add", builder.inttoptr(arguments[0], integer.as_pointer()), integer(1), "monotonic")
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def _call(typing_context, function):
+    """Call the C function at the address ``function``, which takes nothing and returns an int."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+
+    return types.int32(types.int64), generate
+
+
+@njit(**JIT)
+def number(launch, function):
+    """Return the number of the calling thread, from 0."""
+    return types.int64(_call(function)) if function != 0 else fetch_add(launch + 8 * ARRIVED, 1)
 
 
 @njit(**JIT)

@@ -212,21 +212,22 @@ def coefficient_rows(
     inverse_scale: float | None,
 ) -> tuple[NDArray[Any], NDArray[numpy.float64]]:
     """Return the coefficients of the (group, representative) ``rows``, computed in float64 and rounded once, and new scalars."""
-    update, held = kind.update, bucket.scalars.numpy()
     scale = 1.0 if inverse_scale is None else inverse_scale
+    # Groups that agree share what is computed, be they thousands.
     known: dict[tuple[Hyperparameters, tuple[float, ...]], tuple[tuple[float, ...], tuple[float, ...]]] = {}
     table, scalars = [], []
     for group, representative in rows:
         own = hyperparameters[group]
-        numbers = tuple(held[:, representative].tolist())
-        row = known.get((own, numbers))
+        numbers = tuple(bucket.numbers[:, representative].tolist())
+        row = known.get((own, numbers)) if len(rows) > 1 else None
         if row is None:
             values = [float(value) for value in own.values]
-            row = known[own, numbers] = update.coefficients(numbers[0] + 1.0, numbers[1:], own.maximize, values)
+            row = kind.update.coefficients(numbers[0] + 1.0, numbers[1:], own.maximize, values)
+            if len(rows) > 1:
+                known[own, numbers] = row
         table.append((scale, *row[0]))
         scalars.append(row[1])
-    dtype = numpy.float64 if kind.compute.dtype == torch.float64 else numpy.float32
-    return numpy.array(table, dtype), numpy.array(scalars, numpy.float64)
+    return numpy.array(table, kind.compute.name), numpy.array(scalars, numpy.float64)
 
 
 class Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Kind:
     formats: tuple[Format, ...]
     unscale: bool = False
 
-    @property
+    @functools.cached_property
     def compute(self) -> Format:
         """The format of the arithmetic."""
         return FORMATS[compute_dtype(self.formats[0].dtype)]
@@ -229,6 +230,8 @@ class Bucket:
         #: [1 + scalars, tensors]; step counts first.
         self.scalars = scalars
         self.steps = scalars[0]
+        #: The same numbers where the host counts.
+        self.numbers = scalars.numpy() if scalars.device.type == "cpu" else numpy.zeros((0, 0))
         #: What stands in the parameters' states: the numbers of each tensor, by name.
         names = ("step", *self.kind.update.scalars) if self.members[0].counted else self.kind.update.scalars
         first = len(scalars) - len(names)
@@ -297,11 +300,12 @@ class Bucket:
     def advance(self, launch: Launch) -> None:
         """Count a step of the active tensors of ``launch``, and give them their new scalars."""
         active = launch.active
-        if len(self.scalars) > 1:
+        if self.kind.update.scalars:
             rows = launch.row_of_tensor[active]
-            self.scalars.numpy()[1:, active] = launch.scalars[rows].T
+            self.numbers[1:, active] = launch.scalars[rows].T
         known = self._rows_for[1] == self.steps._version
-        self.steps.add_(1 if active is self.everyone else torch.from_numpy(active))
+        self.numbers[0] += 1 if active is self.everyone else active
+        torch.autograd.graph.increment_version([self.steps])
         if known:  # those that advance together stay together
             self._rows_for = (self._rows_for[0], self.steps._version)
 
@@ -313,7 +317,7 @@ class Bucket:
         # Rows hold until other tensors advance, or somebody writes a count.
         if self._rows is not None and self._rows_for[0] is active and self._rows_for[1] == self.steps._version:
             return self._rows, self._row_of_tensor
-        keys = numpy.concatenate([self.groups[None], self.scalars.numpy().astype(numpy.float64)])[:, active]
+        keys = numpy.concatenate([self.groups[None], self.numbers.astype(numpy.float64)])[:, active]
         _, first, inverse = numpy.unique(keys, axis=1, return_index=True, return_inverse=True)
         representatives = numpy.flatnonzero(active)[first]
         self._rows = [(int(self.groups[index]), int(index)) for index in representatives]

@@ -58,17 +58,18 @@ def _reached() -> Any:
 
 
 @functools.cache
-def _parallel() -> Any:
-    """Return the entry of the OpenMP runtime that torch uses into a parallel region, or None where it has none."""
+def _openmp() -> tuple[Any, int] | None:
+    """Return the entry into a parallel region of torch's OpenMP, and the address of what numbers its threads; or None."""
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     try:
         # Looked up in torch's library and what that one has loaded: other OpenMP runtimes have other threads.
-        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}")).GOMP_parallel
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}"))
+        parallel, number = library.GOMP_parallel, library.omp_get_thread_num
     except (OSError, AttributeError):
         return None
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    return parallel
+    return parallel, ctypes.cast(number, ctypes.c_void_p).value or 0
 
 
 class _Team:
@@ -80,13 +81,15 @@ class _Team:
 
     def runs(self, kernel: Any, launch: NDArray[numpy.int64], threads: int) -> bool:
         """Run ``kernel`` on ``launch``, or return False if that is better left to the pool."""
-        parallel = _parallel()
-        if parallel is None:
+        openmp = _openmp()
+        if openmp is None:
             return False
         if self._rest > 0:
             self._rest -= 1
             return False
+        parallel, number = openmp
         launch[cpu_runtime.TEAM] = threads
+        launch[cpu_runtime.NUMBER] = number
         parallel(kernel.address, launch.ctypes.data, threads, 0)
         if launch[cpu_runtime.LATE]:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)

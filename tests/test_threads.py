@@ -35,7 +35,7 @@ def helpers(request, monkeypatch):
     """Steps run on torch's own threads, or on ours."""
     if request.param == "pool":
         monkeypatch.setattr(threads, "_team", threads._NoTeam())
-    elif threads._parallel() is None:
+    elif threads._openmp() is None:
         pytest.skip("torch has no OpenMP threads here")
     else:
         monkeypatch.setattr(threads._Team, "runs", functools.partialmethod(always, threads._Team.runs))
@@ -104,10 +104,14 @@ def test_number_of_threads_follows_torch(torch_threads, helpers):
     assert {thread for thread in threading.enumerate() if thread.name.startswith("fusedopt")} == own
 
 
+#: Of one region.
+LAUNCH_LENGTH = cpu_runtime.CLAIMED + cpu_runtime.LINE
+
+
 def launch(team):
     """Return the launch of a kernel with nothing to do, as a member of a ``team`` that large would see it."""
-    header = numpy.zeros(cpu_runtime.LAUNCH_LENGTH, numpy.int64)
-    header[[cpu_runtime.BATCH, cpu_runtime.TEAM]] = 1, team
+    header = numpy.zeros(LAUNCH_LENGTH, numpy.int64)
+    header[[cpu_runtime.BATCH, cpu_runtime.REGIONS, cpu_runtime.TEAM]] = 1, 1, team
     return header
 
 
@@ -133,9 +137,9 @@ def test_the_pool_takes_over_where_the_team_was_late(monkeypatch):
 
     def parallel(function, address, count, flags):
         assert (count, flags) == (2, 0)
-        numpy.ctypeslib.as_array((ctypes.c_int64 * cpu_runtime.LAUNCH_LENGTH).from_address(address))[cpu_runtime.LATE] = late[0]
+        numpy.ctypeslib.as_array((ctypes.c_int64 * LAUNCH_LENGTH).from_address(address))[cpu_runtime.LATE] = late[0]
 
-    monkeypatch.setattr(threads, "_parallel", lambda: parallel)
+    monkeypatch.setattr(threads, "_openmp", lambda: (parallel, 0))
     team, kernel = threads._Team(), some_kernel()
 
     def rests():

@@ -1,0 +1,77 @@
+"""What the parameter groups of an optimizer ask for: an update and its hyperparameters for each, read at every step."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fusedopt.kernels.rule import Rule, Update, no_decay
+from fusedopt.kernels.rules import decoupled_decay, l2_decay
+from fusedopt.kernels.tables import Hyperparameters
+from fusedopt.prepared import same_objects
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer import FusedOptimizer
+
+#: Options that choose an implementation. They are this optimizer's own, whatever checkpoint is loaded.
+IMPLEMENTATION_OPTIONS = ("fused", "foreach", "differentiable", "capturable")
+# Types whose objects hold the same value for ever.
+_CONSTANT = (float, int, bool, str, type(None))
+
+
+def as_number(value: Any) -> float:
+    """Return the number that ``value`` is or, as a tensor, holds."""
+    return float(value.item()) if isinstance(value, Tensor) else float(value)
+
+
+def decay_of(rule: Rule, decays: bool, decoupled: bool) -> Update:
+    """Return ``rule`` behind the decay of a group: none where no group ``decays``."""
+    return _update(rule, no_decay if not decays else decoupled_decay if decoupled else l2_decay)
+
+
+# One object for each pair, so that plans can compare updates by identity.
+_update = functools.cache(Update)
+
+
+class Settings:
+    """The settings of all groups at one step.
+
+    Args:
+        optimizer: whose ``param_groups`` are read.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        groups = optimizer.param_groups
+        decays = any(isinstance(w := group.get("weight_decay", 0), Tensor) or w != 0 for group in groups)
+        self.switches = [tuple(group.get(name) for name in IMPLEMENTATION_OPTIONS) for group in groups]
+        self.updates = [optimizer._update(group, decays) for group in groups]
+        self.hyperparameters = [
+            Hyperparameters(
+                tuple(_live_number(optimizer._hyperparameter(group, name), group) for name in update.hyperparameters),
+                bool(group["maximize"]),
+            )
+            for group, update in zip(groups, self.updates, strict=True)
+        ]
+        self._values = [list(group.values()) for group in groups]
+        self._constant = all(_is_constant(value) for group in groups for name, value in group.items() if name != "params")
+
+    def hold(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether ``groups`` would be read to the same settings; False where only reading tells."""
+        return (
+            self._constant
+            and len(groups) == len(self._values)
+            and all(same_objects(own, list(group.values())) for own, group in zip(self._values, groups, strict=True))
+        )
+
+
+def _is_constant(value: Any) -> bool:
+    return type(value) in _CONSTANT or (type(value) is tuple and all(type(part) in _CONSTANT for part in value))
+
+
+def _live_number(value: Any, group: dict[str, Any]) -> float | Tensor:
+    # A captured step reads a tensor of its device when it is replayed.
+    if isinstance(value, Tensor) and group.get("capturable") and value.device.type != "cpu":
+        return value
+    return as_number(value)
