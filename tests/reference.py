@@ -3,7 +3,20 @@
 import torch
 
 
-class DecoupledSGD(torch.optim.Optimizer):
+class Plain(torch.optim.Optimizer):
+    """An optimizer whose `update` takes one step; the closure is what frameworks hand to each optimizer."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
+
+
+class DecoupledSGD(Plain):
     """torch's SGD, the decay taken from the old parameter instead of added to the gradient (SGDW).
 
     d = g;  b = momentum b + (1 - dampening) d  (b = d the first time);  d = d + momentum b or b
@@ -34,8 +47,7 @@ class DecoupledSGD(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self):
+    def update(self):
         for group in self.param_groups:
             lr, momentum = float(group["lr"]), group["momentum"]
             for p in group["params"]:
@@ -54,7 +66,7 @@ class DecoupledSGD(torch.optim.Optimizer):
                 p.copy_(p - lr * group["weight_decay"] * p - lr * direction)
 
 
-class Momentum(torch.optim.Optimizer):
+class Momentum(Plain):
     """The lecture's momentum: d = beta d + (1 - beta) g from d = 0, then p = p - lr d.
 
     Decay: p - lr weight_decay p beside the update (decoupled), or g + weight_decay p in place of g (L2).
@@ -70,8 +82,7 @@ class Momentum(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self):
+    def update(self):
         for group in self.param_groups:
             lr, beta, weight_decay = float(group["lr"]), group["beta"], group["weight_decay"]
             for p in group["params"]:
@@ -87,7 +98,7 @@ class Momentum(torch.optim.Optimizer):
                 p.copy_(p - decay - lr * state["momentum_buffer"])
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(Plain):
     """Steps of one length along the sign of an average of gradients; the decay is decoupled.
 
     c = beta1 m + (1 - beta1) g;  p = p - lr weight_decay p - lr sign(c);  m = beta2 m + (1 - beta2) g from m = 0
@@ -104,8 +115,7 @@ class Lion(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self):
+    def update(self):
         for group in self.param_groups:
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             for p in group["params"]:
