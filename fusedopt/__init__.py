@@ -20,6 +20,7 @@ from fusedopt.radam import RAdam
 from fusedopt.rmsprop import RMSprop
 from fusedopt.rprop import Rprop
 from fusedopt.sgd import SGD
+from fusedopt.warm_up import warmup
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "lr_scheduler",
     "no_decay_groups",
     "swa_utils",
+    "warmup",
 ]
 
 # Newer parts of torch.optim, where this torch has them.
