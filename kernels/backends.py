@@ -87,17 +87,23 @@ def choose(parameter: Tensor, gradient: Tensor | None) -> tuple[str, str]:
         return _forced, "forced by fusedopt.kernels.backends.use"
     if disabled():
         return "tensor", "FUSEDOPT_DISABLE is set"
-    if not all(layout.is_plain_memory(tensor) for tensor in (parameter, gradient) if tensor is not None):
+    tensors = [parameter] if gradient is None else [parameter, gradient]
+    if not all(layout.is_plain_memory(layout.local(tensor)) for tensor in tensors):
         return "tensor", f"{type(parameter).__name__} is not plain memory"
+    if layout.is_unfinished_sum(parameter):
+        return "tensor", "it is a sum over ranks that has not been taken"
+    if not all(layout.same_shards(parameter, tensor) for tensor in tensors):
+        return "tensor", "its gradient is sharded otherwise"
+    part = ", on this rank's part" if layout.is_sharded(parameter) else ""
     if parameter.device.type == "cpu" and _is_set("NUMBA_DISABLE_JIT"):
         return "tensor", "NUMBA_DISABLE_JIT is set"
     if parameter.device.type == "cpu":
         halves = any(tensor is not None and tensor.dtype == torch.float16 for tensor in (parameter, gradient))
         obstacle = half_obstacle() if halves else None
-        return ("tensor", obstacle) if obstacle else ("numba", "compiled kernel for CPUs")
+        return ("tensor", obstacle) if obstacle else ("numba", f"compiled kernel for CPUs{part}")
     if parameter.device.type == "cuda":
         obstacle = triton_obstacle()
-        return ("tensor", obstacle) if obstacle else ("triton", "compiled kernel for GPUs")
+        return ("tensor", obstacle) if obstacle else ("triton", f"compiled kernel for GPUs{part}")
     return "tensor", f"there is no kernel for {parameter.device.type} devices"
 
 

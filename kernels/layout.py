@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,38 @@ def is_plain_memory(tensor: Tensor) -> bool:
     """Whether ``tensor`` is memory that a kernel may walk: subclasses that dispatch, as DTensor does, are not."""
     kind = type(tensor)
     return kind in (Tensor, torch.nn.Parameter) or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, of which each rank has a part."""
+    # Nobody has one who has not imported it, and that takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and type(tensor) is getattr(module, "DTensor", None)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded ``tensor``, or the tensor that is whole."""
+    # Not to_local(), which makes another tensor each time.
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def same_shards(a: Tensor, b: Tensor) -> bool:
+    """Whether each rank has the same part of ``a`` and ``b``, tensors of one shape."""
+    if not (is_sharded(a) and is_sharded(b)):
+        return is_sharded(a) == is_sharded(b)
+    placements: Any = a.placements, b.placements  # type: ignore[attr-defined]
+    return placements[0] == placements[1] and a.device_mesh == b.device_mesh  # type: ignore[attr-defined, no-any-return]
+
+
+def sharded_as(tensor: Any, like: Any) -> Tensor:
+    """Return ``tensor``, a DTensor, with the parts that ``like`` has; ranks exchange theirs if those are others."""
+    result: Tensor = tensor if same_shards(tensor, like) else tensor.redistribute(like.device_mesh, like.placements)
+    return result
+
+
+def is_unfinished_sum(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is the sum of what ranks have, which no step on the parts of one rank can update."""
+    return is_sharded(tensor) and any(each.is_partial() for each in tensor.placements)  # type: ignore[attr-defined]
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

@@ -45,7 +45,10 @@ class _Part:
         self._watch: tensor_objects.Watch | None = None
         self._unchanged = False
         self._settled: _Pattern | None = None
-        planned = [torch.empty_like(m.parameter, device="meta") if m.gradient is None else m.gradient for m in bucket.members]
+        planned = [
+            torch.empty_like(parameter, device="meta") if member.gradient is None else bucket.part(member.gradient)
+            for parameter, member in zip(bucket.parameters, bucket.members, strict=True)
+        ]
         self._planned = [_description(tensor) for tensor in planned]
         for member in bucket.members:
             member.gradient = None  # a plan outlives gradients, and must not keep their memory
@@ -53,7 +56,8 @@ class _Part:
         self._kinds = (bucket.kind, replace(bucket.kind, unscale=True))
         # Kernels write past autograd's eyes; without this it would use what is no longer there. Tensors made in inference
         # mode have no version.
-        self._versioned = [tensor for tensor in bucket.written if not tensor.is_inference()]
+        held = [*bucket.held_parameters, *(tensor for column in bucket.held_states for tensor in column)] if bucket.sharded else []
+        self._versioned = [tensor for tensor in (*bucket.written, *held) if not tensor.is_inference()]
 
     def attach(self) -> None:
         """Complete the states of all members; their step counts become views of the bucket's."""
@@ -74,7 +78,7 @@ class _Part:
 
     def _holds_states(self) -> bool:
         bucket = self.bucket
-        columns = [*zip(bucket.kind.update.states, bucket.states, strict=True), *bucket.scalar_views.items()]
+        columns = [*zip(bucket.kind.update.states, bucket.held_states, strict=True), *bucket.scalar_views.items()]
         try:
             return all(all(map(operator.is_, map(operator.itemgetter(name), self._state_dicts), own)) for name, own in columns)
         except KeyError:
@@ -86,15 +90,28 @@ class _Part:
         It holds while parameters, gradients and states are tensors of the kinds, and all but gradients in the places, that
         it has noted.
         """
+        bucket = self.bucket
         own = list(gradients) if self._whole and len(gradients) == len(self.indices) else [gradients[i] for i in self.indices]
+        if bucket.sharded and not self._holds_parts(own):
+            return None
+        own = [None if gradient is None else bucket.part(gradient) for gradient in own] if bucket.sharded else own
         self._unchanged = self._watch is not None and self._watch.unchanged()
         if not (self._unchanged and self._watch is not None and self._watch.watches_dicts) and not self._holds_states():
             return None
         if self._unchanged:
             return own
-        if not (self._metadata.matches(self.bucket.parameters) and self.bucket.addresses_hold()):
+        if not (self._metadata.matches(bucket.parameters) and bucket.addresses_hold()):
             return None
         return own if self._finds_pattern(own) else None
+
+    def _holds_parts(self, gradients: list[Tensor | None]) -> bool:
+        """Whether sharded tensors have the parts that are known, and gradients are sharded as their parameters."""
+        bucket = self.bucket
+        columns = zip((bucket.held_parameters, *bucket.held_states), (bucket.parameters, *bucket.states), strict=True)
+        return all(all(map(operator.is_, map(layout.local, held), parts)) for held, parts in columns) and all(
+            gradient is None or layout.same_shards(gradient, parameter)
+            for gradient, parameter in zip(gradients, bucket.held_parameters, strict=True)
+        )
 
     def _finds_pattern(self, own: list[Tensor | None]) -> bool:
         """Find out which gradients are there; return whether they are of the kind that was planned for."""
@@ -171,7 +188,7 @@ class _Part:
             gradients[index], addresses[1, index] = copy, copy.data_ptr()
             bucket.parameters[index].grad = copy  # which may be written as well, to unscale it
         # From the second step of a kind on, as a plan may be made for a single one.
-        if not across and pattern is self._settled:
+        if not across and pattern is self._settled and not bucket.sharded:
             self._watch = tensor_objects.watch(bucket, self._state_dicts, gradients)
         self._settled = pattern
 
@@ -333,6 +350,11 @@ def _check_states(member: Member, update: Update) -> None:
                 f"({state.layout}), but the parameter has shape {tuple(parameter.shape)} on {parameter.device}: load a "
                 "checkpoint of the same model, or delete this parameter's state"
             )
+        if not layout.same_shards(state, parameter):
+            raise RuntimeError(
+                f"the state {name!r} of parameter {member.index} is not sharded as the parameter is: load it by "
+                "torch.distributed.checkpoint, or delete this parameter's state"
+            )
         if layout.overlaps_itself(state):
             raise RuntimeError(
                 f"the state {name!r} of parameter {member.index} has strides {state.stride()}, so that elements share "
@@ -343,7 +365,8 @@ def _check_states(member: Member, update: Update) -> None:
 def _check_memory(member: Member, update: Update) -> None:
     tensors = {"parameter": member.parameter, "gradient of parameter": member.gradient}
     tensors |= {f"state {name!r} of parameter": member.tensor(name) for name in update.states}
-    for what, tensor in tensors.items():
+    for what, held in tensors.items():
+        tensor = None if held is None else layout.local(held)
         if tensor is not None and layout.is_plain_memory(tensor) and tensor.numel() > 0:
             end = layout.extent(tensor)[1] - tensor.untyped_storage().data_ptr()
             if tensor.data_ptr() == 0 or end > tensor.untyped_storage().nbytes():
@@ -370,7 +393,7 @@ def waves(members: Sequence[Member]) -> list[list[Member]]:
     Args:
         members: in the order in which they step.
     """
-    extents = numpy.array([layout.extent(member.parameter) for member in members], numpy.int64).reshape(-1, 2)
+    extents = numpy.array([layout.extent(layout.local(member.parameter)) for member in members], numpy.int64).reshape(-1, 2)
     distinct = {id(member.parameter) for member in members}, {id(member.state) for member in members}
     order = numpy.lexsort((extents[:, 1], extents[:, 0]))
     starts, ends = extents[order].T

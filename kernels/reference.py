@@ -31,6 +31,8 @@ def _run(bucket: Bucket, launch: Launch, names: dict[str, Any], to_array: Any, t
                 bucket.parameters[index].grad = unscaled
             else:
                 gradient.copy_(unscaled)
+        if layout.is_sharded(gradient):
+            g = layout.sharded_as(g, written[0])
         new = launch.kind.update.apply(names, p, g, states, coefficients)
         for tensor, array in zip(written, new, strict=True):
             tensor.copy_(_as_stored(to_tensor(array), tensor))

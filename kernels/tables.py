@@ -197,8 +197,12 @@ class Bucket:
     def __init__(self, backend: str, kind: Kind, members: Sequence[Member]) -> None:
         self.backend, self.kind = backend, kind
         self.members = list(members)
-        self.parameters = [member.parameter for member in members]
-        self.states = [[member.tensor(name) for member in members] for name in kind.update.states]
+        #: What the optimizer holds, and what of it is on this rank: kernels walk memory, operations of torch take the whole.
+        self.held_parameters = [member.parameter for member in members]
+        self.held_states = [[member.tensor(name) for member in members] for name in kind.update.states]
+        self.sharded = backend != "tensor" and any(map(layout.is_sharded, self.held_parameters))
+        self.parameters = [self.part(tensor) for tensor in self.held_parameters]
+        self.states = [[self.part(tensor) for tensor in column] for column in self.held_states]
         self.groups = numpy.array([member.group for member in members], numpy.int64)
         self.written = [*self.parameters, *(tensor for column in self.states for tensor in column)]
         # A complex element is two numbers.
@@ -237,6 +241,10 @@ class Bucket:
         first = len(scalars) - len(names)
         self.scalar_views = {name: list(row.unbind()) for name, row in zip(names, scalars[first:], strict=True)}
 
+    def part(self, tensor: Tensor) -> Tensor:
+        """Return what of ``tensor`` is given to the backend."""
+        return layout.local(tensor) if self.sharded else tensor
+
     def _step_dtype(self) -> torch.dtype:
         held = [member.state.get("step") for member in self.members]
         if any(isinstance(step, Tensor) and step.dtype == torch.float64 for step in held):
@@ -260,8 +268,9 @@ class Bucket:
         # torch.empty_like(parameter), a dense copy in that layout stands in for it during the step.
         found = []
         for index, member in enumerate(self.members):
-            dense = torch.empty_like(member.parameter, device="meta")
-            arrays = (member.parameter, member.gradient, *(column[index] for column in self.states))
+            parameter, gradient = self.parameters[index], member.gradient
+            dense = torch.empty_like(parameter, device="meta")
+            arrays = (parameter, None if gradient is None else self.part(gradient), *(column[index] for column in self.states))
             for row, tensor in enumerate(arrays):
                 if tensor is not None and not (layout.same_layout(tensor, dense) and layout.is_literal(tensor)):
                     found.append((row, index))
