@@ -15,7 +15,8 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from fusedopt import checkpoints, paths
 from fusedopt.kernels import backends
-from fusedopt.kernels.plan import Plan, check_member, waves
+from fusedopt.kernels.members import check_member, waves
+from fusedopt.kernels.plan import Plan
 from fusedopt.kernels.rule import Update
 from fusedopt.kernels.tables import Hyperparameters, LossScale, Member
 from fusedopt.prepared import Prepared, TorchView, levels_to_caller, new_state, same_objects
