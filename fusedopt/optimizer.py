@@ -153,7 +153,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         loss_scale = self._loss_scale()
         groups = self.param_groups
         parameters: list[Tensor] = [p for group in groups for p in group["params"]]
-        gradients = [p.grad for p in parameters]
         if loss_scale is not None and not any(map(backends.decides_on_device, parameters)) and loss_scale.skips():
             return
         settings = self._settings
@@ -162,18 +161,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         updates, hyperparameters = settings.updates, settings.hyperparameters
         key = (updates, settings.switches, [len(group["params"]) for group in groups], backends.state())
         prepared = self._prepared
-        by_part = None
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if capturing:
             self._check_capture()
-        if (
-            prepared is not None
-            and prepared.plan is not None
-            and not prepared.waves  # whose plans are made, and so checked, anew
-            and prepared.holds(parameters, key, self.state)
-            and prepared.covers(gradients)
-        ):
-            by_part = prepared.plan.gradients(gradients)
+        plan = None
+        # The plans of waves are made, and so checked, anew.
+        if prepared is not None and not prepared.waves and prepared.holds(parameters, key, self.state):
+            plan = prepared.plan
+        gradients: list[Tensor | None] = []
+        by_part: Sequence[list[Tensor | None] | None] | None = None
+        if plan is not None and prepared is not None and prepared.covers_all and plan.unchanged():
+            by_part = [None] * len(plan.parts)  # thousands of gradients are not even listed
+        else:
+            gradients = [p.grad for p in parameters]
+            if plan is not None and prepared is not None and prepared.covers(gradients):
+                by_part = plan.gradients(gradients)
         if by_part is None or prepared is None:
             if capturing:
                 raise RuntimeError(

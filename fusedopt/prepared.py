@@ -55,6 +55,11 @@ class Prepared:
             and same_objects(self.state_dicts, list(state.values()))
         )
 
+    @property
+    def covers_all(self) -> bool:
+        """Whether kernels update all parameters, whichever have gradients."""
+        return not self.torch_indices and len(self.indices) == len(self.parameters)
+
     def covers(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether every parameter with a gradient was there to be planned for, and with a sparse one where that counts."""
         for index in self.sparse_indices:

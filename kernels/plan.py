@@ -85,6 +85,11 @@ class _Part:
         except KeyError:
             return False
 
+    def unchanged(self) -> bool:
+        """Whether all that a step depends on is surely as it was, gradients' addresses aside."""
+        self._unchanged = self._watch is not None and self._watch.watches_dicts and self._watch.unchanged()
+        return self._unchanged
+
     def gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None] | None:
         """Return this bucket's gradients, or None where the bucket does not hold.
 
@@ -139,17 +144,27 @@ class _Part:
 
     def launch(
         self,
-        gradients: list[Tensor | None],
+        gradients: list[Tensor | None] | None,
         hyperparameters: Sequence[Hyperparameters],
         loss_scale: LossScale | None,
         inverse_scale: float | None,
     ) -> Launch | None:
-        """Return what the backend needs for a step; None where no gradient is there."""
+        """Return what the backend needs for a step; None where no gradient is there.
+
+        Args:
+            gradients: None where nothing has changed.
+            hyperparameters: by group.
+            loss_scale: for the device to read.
+            inverse_scale: for the host to multiply by.
+        """
         bucket, pattern = self.bucket, self._pattern
         assert pattern is not None
         if not pattern.elements and not pattern.active.any():
             return None
         kind = self._kinds[loss_scale is not None and loss_scale.grad_scale is not None]
+        if gradients is None:
+            # Their addresses are known; who writes or copies them needs themselves.
+            gradients = [parameter.grad for parameter in bucket.parameters] if kind.unscale or bucket.stands_in else []
         if bucket.by_address and not self._unchanged:
             self._read_gradient_addresses(gradients, pattern)
         # Where copies stand in for tensors, their addresses are this step's alone.
@@ -275,6 +290,10 @@ class Plan:
         for part in self.parts:
             part.attach()
 
+    def unchanged(self) -> bool:
+        """Whether the plan surely holds, and each bucket has the gradients that it had, at whatever addresses."""
+        return all(part.unchanged() for part in self.parts)
+
     def gradients(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]] | None:
         """Return the gradients by bucket, or None where the plan no longer holds."""
         by_part = []
@@ -287,14 +306,14 @@ class Plan:
 
     def launches(
         self,
-        gradients: Sequence[list[Tensor | None]],
+        gradients: Sequence[list[Tensor | None] | None],
         hyperparameters: Sequence[Hyperparameters],
         loss_scale: LossScale | None = None,
     ) -> list[Launch | None]:
         """Return all that a step needs, checked; nothing is left to run if a scaler has found infinities.
 
         Args:
-            gradients: as :meth:`gradients` returned them.
+            gradients: as :meth:`gradients` returned them; None for each bucket where the plan is :meth:`unchanged`.
             hyperparameters: by group.
             loss_scale: what a gradient scaler asks for (default: None).
 
