@@ -24,7 +24,10 @@ INSTALL := $(PIP) --upgrade setuptools && $(PIP) --no-build-isolation '$(TORCH)'
 DEFINITION := setup.py pyproject.toml constraints.txt
 CHOICES := $(PYTHON) $(TORCH) $(TRITON)
 
-.PHONY: help demo test test-newest-triton lint bench docs info clean always
+# For bench-compare: the revision to compare with.
+BASE ?=
+
+.PHONY: help demo test test-newest-triton lint bench bench-readme bench-compare docs info clean always
 .DEFAULT_GOAL := help
 
 help:
@@ -32,7 +35,9 @@ help:
 	@echo 'make test                 run all tests'
 	@echo 'make test-newest-triton   run the tests of the Triton kernels with $(NEWEST_TRITON)'
 	@echo 'make lint                 check format, style and types'
-	@echo 'make bench                measure optimizers against torch.optim'
+	@echo 'make bench                measure optimizers against torch.optim, and write a report'
+	@echo 'make bench-readme         put the newest whole report of bench/results into README.md'
+	@echo 'make bench-compare        compare with another revision, as in: make bench-compare BASE=HEAD~1'
 	@echo 'make docs                 build the documentation: build/docs/index.html'
 	@echo 'make info                 print versions, backends, devices, and what is missing'
 	@echo 'make clean                remove .venv and all else that was made'
@@ -41,6 +46,7 @@ help:
 	@echo '  TORCH    the torch build to install: a version or the path of a wheel   [$(TORCH)]'
 	@echo '  TRITON   for the tests; a CUDA build of torch asks for one version      [$(TRITON)]'
 	@echo '  PYTHON   the interpreter that makes .venv                               [$(PYTHON)]'
+	@echo '  BASE     the revision that bench-compare compares with'
 	@echo '  ARGS     options for the command itself'
 	@echo 'Another TORCH, TRITON or PYTHON makes .venv anew; export a variable to have it hold for all commands.'
 
@@ -60,6 +66,12 @@ lint: $(VENV)/lint
 
 bench: $(VENV)/test
 	@$(RUN) -m bench --quick $(ARGS)
+
+bench-readme: $(VENV)/test
+	@$(RUN) -m bench.readme $(ARGS)
+
+bench-compare: $(VENV)/test
+	@$(RUN) -m bench.compare '$(BASE)' $(ARGS)
 
 # A warning is an error, and so is a name that leads nowhere.
 docs: $(VENV)/docs

@@ -1,100 +1,100 @@
-"""Measure whole optimizer steps on the CPU against torch's fused implementations; each subject is checked first."""
+"""Measure whole optimizer steps, and write a report; each subject is checked before it is timed."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import shlex
 import sys
-import textwrap
 from collections.abc import Sequence
-from operator import itemgetter
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from .cases import CASES, contests
-from .first_step import CHECKOUT, measure_first_step
-from .measure import measure
-from .report import Machine, as_json, complaints, first_step_rows, markdown, result_rows, update_readme
+from .cases import CASES, OPTIMIZERS
+from .first_step import CHECKOUT
+from .machine import Machine
+from .report import BUSY_LOAD, write, wrong_subjects
+from .run import FULL, PARTS, QUICK, Choice, read, run
+from .subjects import SUBJECTS
 
-ROUNDS, QUICK_ROUNDS = 31, 7
-README_COMMAND = "python -m bench --update-readme"
+RESULTS = CHECKOUT / "bench" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks; return 1 if any subject was wrong, else 0."""
-    options = _parse(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(given)
+    if options.list:
+        _print_names()
+        return 0
     console = Console()
+    if options.report:
+        _say_written(console, write(read(options.report), options.report.with_suffix("")))
+        return 0
     machine = Machine.here()
-    console.print(str(machine), highlight=False)
-    if machine.busy:
+    if machine.load is not None and machine.load > BUSY_LOAD:
         console.print(
             f"[bold yellow]Other programs are running (load {machine.load:.1f}): what they take from whom, ratios show too. "
             "Better measure when nothing else runs.[/]",
             highlight=False,
         )
-    cases = [case for case in CASES if not options.case or case.name in options.case]
-    rounds = QUICK_ROUNDS if options.quick else ROUNDS
-    results, first_steps = [], []
+    choice = Choice(*(tuple(options_of or ()) for options_of in (options.case, options.optimizer, options.subject, options.part)))
     # Refreshed between measurements alone: a thread that draws would take time from what is being timed.
     with Progress(console=console, auto_refresh=False) as progress:
-        bar = progress.add_task("", total=len(contests()) * (len(cases) + 1))
+        bar = progress.add_task("")
 
-        def begin(doing: str) -> None:
-            progress.update(bar, description=doing)
+        def begin(doing: str, number: int, total: int) -> None:
+            progress.update(bar, description=doing, completed=number, total=total)
             progress.refresh()
 
-        for contest in contests():
-            for case in cases:
-                begin(f"{contest.name}: {case.title}")
-                results.append(measure(contest, case, rounds))
-                progress.advance(bar)
-            begin(f"{contest.name}: first step of a new process")
-            first_steps.append(measure_first_step(contest.name))
-            progress.advance(bar)
-
-    for rows in (result_rows(results), first_step_rows(first_steps)):
-        console.print(_table(rows))
-    for line in complaints(results):
-        console.print(f"[bold red]{line}[/]", highlight=False)
-    if options.json:
-        options.json.write_text(json.dumps(as_json(results, first_steps, machine), indent=2) + "\n", encoding="utf-8")
-    wrong = any(result.wrong for result in results)
-    if options.update_readme and not wrong:
-        update_readme(CHECKOUT / "README.md", markdown(results, first_steps, machine, README_COMMAND))
+        command = shlex.join(["python", "-m", "bench", *_without_output(given)])
+        record = run(QUICK if options.quick else FULL, choice, command, begin)
+        progress.update(bar, description="done", completed=progress.tasks[0].total)
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = options.output / (machine.file_name + ("" if record["whole"] else "-quick" if choice.is_whole else "-part"))
+    name.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    read_back = read(name.with_suffix(".json"))
+    _say_written(console, write(read_back, name))
+    wrong = wrong_subjects(read_back)
+    for line in wrong:
+        console.print(f"[bold red]WRONG, so not timed: {line}[/]", highlight=False)
     return 1 if wrong else 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
-    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="this case alone; may be repeated")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--update-readme", action="store_true", help="rewrite the table in README.md")
-    options = parser.parse_args(arguments)
-    if options.update_readme and (options.quick or options.case):
-        parser.error("--update-readme: the README shows full runs over all cases; leave out --quick and --case")
-    return options
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: two minutes on two cores, not ten")
+    chosen = {"case": CASES, "optimizer": OPTIMIZERS, "subject": SUBJECTS, "part": PARTS}
+    for name, known in chosen.items():
+        parser.add_argument(
+            f"--{name}", action="append", choices=list(known), metavar="NAME", help=f"this {name} alone; may be repeated"
+        )
+    parser.add_argument("--list", action="store_true", help="print the names of cases, optimizers, subjects and parts")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="where reports go (bench/results)")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.json", help="measure nothing: write the report of an earlier run again"
+    )
+    return parser.parse_args(arguments)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Table:
-    """Lay out `rows` for a terminal; those with the same first cell stand under it as their heading."""
-    (_, *heading), *body = rows
-    table = Table(box=box.HORIZONTALS, pad_edge=False, collapse_padding=True)
-    for index, title in enumerate(heading):
-        # Headings wrap, cells do not.
-        widest = max(map(len, [*(row[1 + index] for row in body), *title.split()]))
-        table.add_column(textwrap.fill(title, widest), justify="right" if index else "left", no_wrap=True)
-    for name, group in itertools.groupby(body, key=itemgetter(0)):
-        table.add_section()
-        table.add_row(f"[bold]{name}")
-        for _, *cells in group:
-            table.add_row(*cells)
-    return table
+def _without_output(arguments: Sequence[str]) -> list[str]:
+    # A folder would name the machine.
+    found = list(arguments)
+    if "--output" in found:
+        place = found.index("--output")
+        del found[place : place + 2]
+    return [argument for argument in found if not argument.startswith("--output=")]
+
+
+def _print_names() -> None:
+    for title, names in (("cases", CASES), ("optimizers", OPTIMIZERS), ("subjects", SUBJECTS), ("parts", PARTS)):
+        print(f"{title}: {', '.join(names)}")
+
+
+def _say_written(console: Console, paths: Sequence[Path]) -> None:
+    console.print(f"Report: {', '.join(str(path) for path in paths)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,33 @@
-"""How it is measured: first whether a subject is right, then how long its steps take beside the baseline's."""
+"""How it is measured: first whether a subject is right, then how long its steps take beside the others'."""
 
 from __future__ import annotations
 
-import math
+import gc
+import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cases import Build, Case, Contest, Subject
+from . import cases, roofline
+from .cases import Case, Optimizer
+from .subjects import Subject, baseline
 
 CHECKED_STEPS = 3
 ALLOWED_ULPS = 8.0
 """A step rounds the parameter two or three times, by half an ulp at most, and some more inside the update: torch's own
 for-loop in float32 comes to 4.1 ulps in three steps of AdamW. A step without its decay is off by hundreds."""
 TURN_SECONDS = 0.05
-"""A turn takes as many steps as need about this long: well above the clock's and the scheduler's grain."""
-WARM_UP_STEPS = 3
+"""A turn takes steps for this long, or one: well above the clock's and the scheduler's grain."""
+LEAST_ROUNDS, MOST_ROUNDS = 5, 31
+LIMIT = "memory limit"
+
+#: Takes steps for some seconds, one at least, and returns the mean seconds of one.
+Turn = Callable[[float], float]
 
 
 @dataclass(frozen=True)
@@ -37,129 +44,268 @@ class Spread:
         return cls(median, lower, upper)
 
 
-@dataclass(frozen=True)
-class Result:
-    """One contest on one case; `ratio`s are the baseline's time over ours, round by round. Times in milliseconds."""
+@dataclass
+class Timing:
+    """One subject in one contest; whatever is None has not been measured.
 
-    contest: str
-    case: str
-    error_ulps: dict[str, float]
-    baseline_ms: Spread | None = None
-    ours_ms: Spread | None = None
-    ratio: Spread | None = None
-    moved_gradients_ratio: Spread | None = None
-
-    @property
-    def wrong(self) -> list[str]:
-        """Subjects that do not compute what the reference computes; nothing of such a result is timed."""
-        # Written so that NaN is wrong.
-        return [name for name, error in self.error_ulps.items() if not error <= ALLOWED_ULPS]
-
-
-def measure(contest: Contest, case: Case, rounds: int, turn_seconds: float = TURN_SECONDS) -> Result:
-    """Check both subjects of `contest` on `case`, and time them only if both are right."""
-    subjects = (contest.baseline, contest.ours)
-    result = Result(
-        contest.name,
-        case.title,
-        {subject.name: error_in_ulps(subject.build, contest.reference, case) for subject in subjects},
-    )
-    if result.wrong:
-        return result
-    baseline, ours = interleaved(subjects, case, rounds, turn_seconds, move_gradients=False)
-    moved_baseline, moved_ours = interleaved(subjects, case, rounds, turn_seconds, move_gradients=True)
-    return Result(
-        result.contest,
-        result.case,
-        result.error_ulps,
-        Spread.of([1e3 * seconds for seconds in baseline]),
-        Spread.of([1e3 * seconds for seconds in ours]),
-        _ratio(baseline, ours),
-        _ratio(moved_baseline, moved_ours),
-    )
-
-
-def error_in_ulps(build: Build, build_reference: Build, case: Case) -> float:
-    """Largest error of any parameter after a few steps with new gradients, against the reference in float64.
-
-    An ulp is taken at the distance which the parameter has come from zero, its start included: where the reference
-    happens to end near zero, no float32 computation could keep ulps of that.
+    Args:
+        subject: its name.
+        wrong: why it was not timed.
+        error_ulps: the largest error of any parameter, before anything is timed.
+        milliseconds: of a step.
+        moved_milliseconds: of a step that finds its gradients at new addresses.
+        ratio: time of the baseline over that of this one, round by round.
+        moved_ratio: the same where gradients have moved.
+        gigabytes_per_second: bytes that the step has to move, over its time.
+        share_of_limit: this rate over that of the memory limit, round by round.
     """
-    parameters = case.parameters()
-    exact = [parameter.detach().double().requires_grad_() for parameter in parameters]
-    travelled = [parameter.detach().abs() for parameter in exact]
-    optimizer, reference = build(parameters), build_reference(exact)
+
+    subject: str
+    wrong: str | None = None
+    error_ulps: float | None = None
+    milliseconds: Spread | None = None
+    moved_milliseconds: Spread | None = None
+    ratio: Spread | None = None
+    moved_ratio: Spread | None = None
+    gigabytes_per_second: float | None = None
+    share_of_limit: Spread | None = None
+
+
+@dataclass
+class Result:
+    """One contest: an optimizer on a case. `baseline` is the subject that ratios refer to."""
+
+    optimizer: str
+    case: str
+    title: str
+    device: str
+    tensors: int
+    elements: int
+    bytes_per_element: int = 0
+    rounds: int = 0
+    baseline: str | None = None
+    limit_gigabytes_per_second: Spread | None = None
+    timings: list[Timing] = field(default_factory=list)
+
+
+class Entrant:
+    """A subject with parameters and gradients of its own."""
+
+    def __init__(self, subject: Subject, optimizer: Optimizer, case: Case) -> None:
+        self.subject, self._case = subject, case
+        self.parameters = [p.requires_grad_() for p in case.filled(cases.values(0, subject.dtype), subject.device)]
+        self._built = subject.build(optimizer, self.parameters)
+        self._move = False
+
+    def step_with_gradients(self, seed: int) -> None:
+        """Take a step with new gradients."""
+        gradients = self._case.filled(cases.values(seed, self.subject.dtype), self.subject.device)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._built.step()
+
+    def itemsizes(self) -> list[int]:
+        """Bytes of an element of the parameters, of gradients and of each state."""
+        parameter = self.parameters[0]
+        states = [part for part in self._built.state[parameter].values() if getattr(part, "shape", None) == parameter.shape]
+        return [parameter.itemsize, parameter.itemsize, *(state.itemsize for state in states)]
+
+    def take(self, seconds: float) -> float:
+        """Take steps for some seconds, one at least; return the mean seconds of one."""
+        return self._take_on_gpu(seconds) if self.subject.device == "cuda" else self.take_after(seconds, None)
+
+    def take_moved(self, seconds: float) -> float:
+        """The same, with new gradients at other addresses before every step, as after `zero_grad(set_to_none=True)`.
+
+        They are allocated outside of the time measured, as `backward` would.
+        """
+        return self.take_after(seconds, self.move_gradients)
+
+    def take_after(self, seconds: float, prepare: Callable[[], None] | None) -> float:
+        """The same, with `prepare` called before every step, outside of the time measured."""
+        total, steps, begun = 0.0, 0, time.perf_counter()
+        while steps == 0 or time.perf_counter() - begun < seconds:
+            if prepare is not None:
+                prepare()
+                self._wait()
+            started = time.perf_counter()
+            self._built.step()
+            self._wait()
+            total += time.perf_counter() - started
+            steps += 1
+        return total / steps
+
+    def move_gradients(self) -> None:
+        """Put a copy in the place of each gradient."""
+        # All copies are made before the first old one is freed, so that none lands at its own old address.
+        copies = [parameter.grad.clone() for parameter in self.parameters if parameter.grad is not None]
+        for parameter, copy in zip(self.parameters, copies, strict=True):
+            parameter.grad = copy
+
+    def step(self) -> None:
+        """Take one step."""
+        self._built.step()
+
+    def buckets(self) -> int | None:
+        """Launches of a step of ours; None where the optimizer does not tell."""
+        plan = getattr(getattr(self._built, "_prepared", None), "plan", None)
+        parts = getattr(plan, "parts", None)
+        return None if parts is None else len(parts)
+
+    def _take_on_gpu(self, seconds: float) -> float:
+        # Steps follow each other as in training, without the host waiting for each.
+        self._wait()
+        steps = max(1, round(seconds / self.take_after(0.0, None)))
+        started = time.perf_counter()
+        for _ in range(steps):
+            self._built.step()
+        self._wait()
+        return (time.perf_counter() - started) / steps
+
+    def _wait(self) -> None:
+        if self.subject.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(
+    optimizer: Optimizer,
+    case: Case,
+    subjects: Sequence[Subject],
+    seconds: float,
+    turn_seconds: float = TURN_SECONDS,
+    baseline_names: Collection[str] | None = None,
+) -> Result:
+    """Check each of `subjects` on `case`, and time those that are right.
+
+    Args:
+        optimizer: what they all are.
+        case: the shapes.
+        subjects: of one device.
+        seconds: about how long to measure, twice: with the same gradients, and with moved ones.
+        turn_seconds: about how long a turn takes.
+        baseline_names: the subjects of which the fastest is the baseline.
+    """
+    device = subjects[0].device
+    names = baseline(optimizer, device) if baseline_names is None else baseline_names
+    result = Result(optimizer.name, case.name, case.title, device, case.tensors, case.elements)
+    entrants: dict[str, Entrant] = {}
+    timings = {subject.name: Timing(subject.name) for subject in subjects}
+    result.timings = list(timings.values())
+    for subject in subjects:
+        timing = timings[subject.name]
+        try:
+            entrant, timing.error_ulps = checked(subject, optimizer, case)
+        except Exception as error:  # Other packages fail in any way, as where a compiler is missing; the report says how.
+            timing.wrong = f"fails: {_brief(error)}"
+            continue
+        # Written so that NaN is wrong.
+        if timing.error_ulps <= ALLOWED_ULPS:
+            entrants[subject.name] = entrant
+        else:
+            timing.wrong = (
+                f"off by {timing.error_ulps:.3g} ulps from torch's for-loop in float64 after {CHECKED_STEPS} steps; "
+                f"{ALLOWED_ULPS:g} are allowed"
+            )
+    if not entrants:
+        return result
+    ours = [name for name in entrants if name.startswith("fusedopt")]
+    itemsizes = entrants[ours[0] if ours else next(iter(entrants))].itemsizes()
+    result.bytes_per_element = roofline.bytes_moved(itemsizes)
+    limit = (roofline.CudaLimit if device == "cuda" else roofline.CpuLimit)(case.elements, itemsizes, torch.get_num_threads())
+    regular = {LIMIT, *ours, *names}
+
+    times = interleaved({LIMIT: limit.take, **{n: e.take for n, e in entrants.items()}}, regular, seconds, turn_seconds)
+    result.rounds = len(times[LIMIT])
+    result.limit_gigabytes_per_second = Spread.of([result.bytes_per_element * case.elements / t / 1e9 for t in times[LIMIT]])
+    found = [name for name in names if name in times]
+    result.baseline = min(found, key=lambda name: statistics.median(times[name]), default=None)
+    for name, entrant in entrants.items():
+        timing, own, moved_bytes = timings[name], times[name], roofline.bytes_moved(entrant.itemsizes())
+        timing.milliseconds = Spread.of([1e3 * t for t in own])
+        timing.gigabytes_per_second = moved_bytes * case.elements / statistics.median(own) / 1e9
+        timing.share_of_limit = ratio(times[LIMIT], own, moved_bytes / result.bytes_per_element)
+        timing.ratio = ratio(times[result.baseline], own) if result.baseline else None
+
+    pair = {name: entrants[name].take_moved for name in (*ours, result.baseline) if name}
+    moved_times = interleaved(pair, pair, seconds, turn_seconds)
+    for name, own in moved_times.items():
+        timings[name].moved_milliseconds = Spread.of([1e3 * t for t in own])
+        timings[name].moved_ratio = ratio(moved_times[result.baseline], own) if result.baseline else None
+    del entrants, limit
+    gc.collect()
+    return result
+
+
+def checked(subject: Subject, optimizer: Optimizer, case: Case) -> tuple[Entrant, float]:
+    """Take a few steps with new gradients; return the entrant and the largest error of any element of a parameter, in ulps.
+
+    Values repeat with a period, so torch's for-loop in float64 need step one period alone, and all elements are compared. An
+    ulp is taken at the distance which an element has come from zero, its start included: where the reference happens to end
+    near zero, nothing that rounds could keep ulps of that.
+    """
+    entrant = Entrant(subject, optimizer, case)
+    exact = cases.values(0, subject.dtype).double().requires_grad_()
+    travelled = exact.detach().abs()
+    reference = optimizer.reference([exact])
     for step in range(CHECKED_STEPS):
-        before = [parameter.detach().clone() for parameter in exact]
-        for parameter, counterpart, gradient in zip(parameters, exact, case.gradients(step), strict=True):
-            parameter.grad, counterpart.grad = gradient, gradient.double()
-        optimizer.step()
+        entrant.step_with_gradients(1 + step)
+        before = exact.detach().clone()
+        exact.grad = cases.values(1 + step, subject.dtype).double()
         reference.step()
-        for total, parameter, earlier in zip(travelled, exact, before, strict=True):
-            total += (parameter.detach() - earlier).abs()
-    # NumPy's max, unlike Python's, keeps NaN.
-    return float(np.max([_largest_error(*tensors) for tensors in zip(parameters, exact, travelled, strict=True)]))
+        travelled += (exact.detach() - before).abs()
+    ulp = torch.from_numpy(np.spacing(travelled.float().numpy())).double()
+    ulp *= torch.finfo(subject.dtype).eps / torch.finfo(torch.float32).eps
+    return entrant, _largest_error(entrant.parameters, exact.detach(), ulp)
+
+
+def _largest_error(parameters: Sequence[Tensor], exact: Tensor, ulp: Tensor) -> float:
+    device = parameters[0].device
+    exact_twice, ulp_twice = (torch.cat([period, period]).to(device) for period in (exact, ulp))
+    first, worst = 0, []
+    for parameter in parameters:
+        flat = parameter.detach().view(-1)
+        expected, ulps = cases.by_period(flat, exact_twice, first), cases.by_period(flat, ulp_twice, first)
+        for (part, numbers), (_, ulp_of_each) in zip(expected, ulps, strict=True):
+            if part.numel():
+                worst.append(((part.double() - numbers).abs() / ulp_of_each).max())
+        first = (first + flat.numel()) % cases.PERIOD
+    return float(torch.stack(worst).max())  # which, unlike Python's, keeps NaN
 
 
 def interleaved(
-    subjects: Sequence[Subject], case: Case, rounds: int, turn_seconds: float, move_gradients: bool
-) -> list[list[float]]:
-    """Time whole steps: in every round each subject has a turn of several steps, in alternating order.
+    turns: Mapping[str, Turn], regular: Collection[str], seconds: float, turn_seconds: float = TURN_SECONDS
+) -> dict[str, list[float]]:
+    """Time in rounds: in each round everyone has a turn of several steps, in alternating order.
 
     Args:
-        subjects: each steps parameters of its own.
-        case: the shapes.
-        rounds: turns of each subject.
-        turn_seconds: about how long a turn takes.
-        move_gradients: give new gradients at other addresses before every step, as training does that calls
-            `zero_grad(set_to_none=True)`. They are allocated outside the time measured, as `backward` would.
+        turns: by name.
+        regular: who takes part in all rounds; the others, far slower as a rule, in the first few.
+        seconds: about how long those in `regular` are measured.
+        turn_seconds: about how long a turn takes, if a step is shorter.
 
     Returns:
-        For each subject the mean seconds per step of each round.
+        The mean seconds per step of each turn.
     """
-    turns = [_turn(subject, case, move_gradients) for subject in subjects]
-    for turn in turns:
-        turn(WARM_UP_STEPS)
-    steps = max(1, math.ceil(turn_seconds / max(turn(1) for turn in turns)))
-    seconds: list[list[float]] = [[] for _ in subjects]
-    for index in range(rounds):
-        order = range(len(turns)) if index % 2 == 0 else reversed(range(len(turns)))
-        for subject in order:
-            seconds[subject].append(turns[subject](steps))
-    return seconds
-
-
-def _turn(subject: Subject, case: Case, move_gradients: bool) -> Callable[[int], float]:
-    """Return a function that takes some steps and returns the mean seconds of one."""
-    parameters = case.parameters()
-    optimizer = subject.build(parameters)
-    for parameter, gradient in zip(parameters, case.gradients(0), strict=True):
-        parameter.grad = gradient
-
-    def take(steps: int) -> float:
-        total = 0.0
-        for _ in range(steps):
-            if move_gradients:
-                _move_gradients(parameters)
+    for turn in turns.values():  # caches fill, memory is mapped
+        turn(0.0)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    elapsed, rounds = 0.0, 0
+    while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and elapsed < seconds):
+        order = [name for name in turns if name in regular or rounds < LEAST_ROUNDS]
+        for name in order if rounds % 2 == 0 else reversed(order):
             started = time.perf_counter()
-            optimizer.step()
-            total += time.perf_counter() - started
-        return total / steps
-
-    return take
-
-
-def _move_gradients(parameters: Sequence[Tensor]) -> None:
-    # All copies are made before the first old one is freed, so that none lands at its own old address.
-    copies = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
-    for parameter, copy in zip(parameters, copies, strict=True):
-        parameter.grad = copy
+            times[name].append(turns[name](turn_seconds))
+            elapsed += time.perf_counter() - started if name in regular else 0.0
+        rounds += 1
+    return times
 
 
-def _largest_error(parameter: Tensor, exact: Tensor, travelled: Tensor) -> float:
-    ulp = torch.from_numpy(np.spacing(travelled.float().numpy())).double()
-    return float(((parameter.detach().double() - exact.detach()).abs() / ulp).max())
+def ratio(above: Sequence[float], below: Sequence[float], factor: float = 1.0) -> Spread:
+    """Spread of the ratios in the rounds that both took part in."""
+    return Spread.of([factor * a / b for a, b in zip(above, below, strict=False)])
 
 
-def _ratio(baseline: Sequence[float], ours: Sequence[float]) -> Spread:
-    return Spread.of([theirs / mine for theirs, mine in zip(baseline, ours, strict=True)])
+def _brief(error: Exception) -> str:
+    # Paths would name the machine.
+    text = re.sub(r"\S*/\S+", "...", str(error).strip().partition("\n")[0])
+    return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import pytest
 
-from .cases import CASES, contests
+from .cases import OPTIMIZERS, SYNTHETIC
+from .measure import Entrant
+from .subjects import ON_CPU
+
+ENTRIES = [
+    pytest.param(optimizer, subject, id=f"{optimizer.name}-{subject.name}".replace(" ", "_"))
+    for optimizer in OPTIMIZERS.values()
+    for subject in ON_CPU
+    if subject.serves(optimizer)
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("contest", contests(), ids=lambda contest: contest.name)
-@pytest.mark.parametrize("role", ["baseline", "ours"])
-def test_step(benchmark, contest, case, role):
-    subject = getattr(contest, role)
-    benchmark.group = f"{contest.name} {case.title}"
+@pytest.mark.parametrize("case", SYNTHETIC, ids=lambda case: case.name)
+@pytest.mark.parametrize(("optimizer", "subject"), ENTRIES)
+def test_step(benchmark, optimizer, subject, case):
+    if subject.obstacle is not None:
+        pytest.skip(f"{subject.name}: {subject.obstacle}")
+    benchmark.group = f"{optimizer.name} {case.title}"
     benchmark.extra_info["implementation"] = subject.name
-    parameters = case.parameters()
-    for parameter, gradient in zip(parameters, case.gradients(0), strict=True):
-        parameter.grad = gradient
-    optimizer = subject.build(parameters)
-    optimizer.step()  # compiles, and allocates the states
-    benchmark(optimizer.step)
+    entrant = Entrant(subject, optimizer, case)
+    entrant.step_with_gradients(1)  # compiles, and allocates the states
+    benchmark(entrant.step)

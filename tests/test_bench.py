@@ -1,25 +1,76 @@
-"""The benchmarks' own logic, on tiny cases: a wrong subject is found out, turns alternate, the README is rewritten."""
+"""The benchmarks' own logic, on tiny cases: wrong subjects are found out, turns alternate, reports hold what was measured."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
-import os
+import platform
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench.cases import Case, Contest, Subject, contests
+from bench import compare, costs, measure, models, plots, readme, report, roofline, run, surroundings
+from bench.cases import CASES, OPTIMIZERS, PERIOD, Case, llama_stack, values
 from bench.first_step import CHECKOUT, FirstStep, measure_first_step
-from bench.measure import CHECKED_STEPS, Spread, error_in_ulps, interleaved, measure
-from bench.report import BEGIN, END, update_readme
+from bench.measure import CHECKED_STEPS, Entrant, Spread, Timing
+from bench.subjects import FOREACH, FUSED, FUSED_FLOAT32, LOOP, ON_CPU, OURS, OURS_BFLOAT16, SUBJECTS, Subject
 
-TINY = Case(3, 5)
-CONTESTS = {contest.name: contest for contest in contests()}
-ADAMW = CONTESTS["AdamW"]
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+TINY = Case("3x5", "3 x 5", ((5,), (1, 5), (5,)))
+ADAMW = OPTIMIZERS["AdamW"]
+INSTALLED = [subject for subject in ON_CPU if subject.obstacle is None]
+
+# --- cases ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensors", "elements"),
+    [
+        # As len(list(model.parameters())) and the totals that torchvision and the model cards publish.
+        pytest.param(models.resnet50(), 161, 25_557_032, id="ResNet-50"),
+        pytest.param(models.mobilenet_v2(), 158, 3_504_872, id="MobileNetV2"),
+        pytest.param(models.vit_b_16(), 152, 86_567_656, id="ViT-B/16"),
+        pytest.param(models.bert_base(), 199, 109_482_240, id="BERT-base"),
+        pytest.param(models.gpt2_small(), 148, 124_439_808, id="GPT-2 small"),
+        pytest.param(models.llama_1b(), 146, 1_235_814_400, id="Llama 1B"),
+    ],
+)
+def test_models_have_as_many_parameters_as_published(shapes, tensors, elements):
+    assert (len(shapes), sum(map(math.prod, shapes))) == (tensors, elements)
+
+
+@pytest.mark.parametrize(("gibibytes", "layers"), [(1, 1), (20, 3), (1000, 16)])
+def test_layers_of_llama_fit_into_half_of_the_memory(gibibytes, layers):
+    case = llama_stack(gibibytes * 2**30)
+    assert case.title == f"Llama 1B, {layers} of 16 layers"
+    assert (case.tensors, case.elements) == (9 * layers, 60_821_504 * layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [("1x20M", 1, 20_000_000), ("1x1M", 1, 1_000_000), ("100x50k", 100, 50_000), ("1000x1k", 1000, 1000), ("1000x100", 1000, 100)],
+)
+def test_synthetic_cases_are_what_their_names_say(name, tensors, elements):
+    assert CASES[name].shapes == tensors * ((elements,),)
+
+
+def test_values_repeat_with_their_period_through_all_tensors():
+    period = values(7)
+    shapes = ((3,), (PERIOD - 1,), (2, PERIOD), (5,))
+    tensors = Case("four", "four", shapes).filled(period)
+    assert tuple(tuple(tensor.shape) for tensor in tensors) == shapes
+    flat = torch.cat([tensor.view(-1) for tensor in tensors])
+    assert torch.equal(flat, period.repeat(4)[: len(flat)])
+    assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in tensors)
+
+
+# --- right or wrong ---------------------------------------------------------------------------------------------------------
 
 
 class Recorder:
@@ -27,6 +78,7 @@ class Recorder:
 
     def __init__(self, name, log, parameters, inner=None):
         self.name, self.log, self.parameters, self.inner = name, log, parameters, inner
+        self.state = inner.state if inner else {parameter: {} for parameter in parameters}
 
     def step(self):
         self.log.append((self.name, [parameter.grad.data_ptr() for parameter in self.parameters]))
@@ -34,142 +86,495 @@ class Recorder:
             self.inner.step()
 
 
-def recording(name, log, build=None):
-    return Subject(name, lambda parameters: Recorder(name, log, parameters, build and build(parameters)))
-
-
-def no_decay(parameters):
+def no_decay(optimizer, parameters):
     return torch.optim.AdamW(parameters, weight_decay=0.0)
 
 
-def other_rate(parameters):
+def other_rate(optimizer, parameters):
     return torch.optim.AdamW(parameters, lr=1.001e-3)
 
 
-class NanInTheLastParameter:
-    def __init__(self, parameters):
+def nothing(optimizer, parameters):
+    return Recorder("nothing", [], parameters)
+
+
+class NanInTheLastElement:
+    def __init__(self, optimizer, parameters):
         self.parameters, self.inner = parameters, torch.optim.AdamW(parameters)
 
     def step(self):
         self.inner.step()
         with torch.no_grad():
-            self.parameters[-1][-1] = math.nan
+            self.parameters[-1].view(-1)[-1] = math.nan
 
 
-@pytest.mark.parametrize("contest", CONTESTS.values(), ids=CONTESTS.keys())
-def test_right_subjects_are_timed(contest):
-    result = measure(contest, TINY, rounds=3, turn_seconds=0.0)
-    assert result.wrong == []
-    for spread in (result.baseline_ms, result.ours_ms, result.ratio, result.moved_gradients_ratio):
-        assert 0 < spread.lower_quartile <= spread.median <= spread.upper_quartile
+class SkipsAnElement:
+    """One element in the middle of a tensor of several periods stays what it was."""
+
+    def __init__(self, optimizer, parameters):
+        self.parameters, self.inner = parameters, torch.optim.AdamW(parameters)
+
+    def step(self):
+        kept = [parameter.detach().view(-1)[len(parameter) // 2].item() for parameter in self.parameters]
+        self.inner.step()
+        with torch.no_grad():
+            for parameter, number in zip(self.parameters, kept, strict=True):
+                parameter.view(-1)[len(parameter) // 2] = number
 
 
-@pytest.mark.parametrize("build", [no_decay, other_rate, NanInTheLastParameter])
-@pytest.mark.parametrize("role", ["baseline", "ours"])
-def test_wrong_subject_is_reported_and_nothing_is_timed(build, role):
+def tiny(optimizer, *subjects, **options):
+    return measure.measure(optimizer, TINY, subjects, 0.0, turn_seconds=0.0, **options)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_right_subjects_are_timed(optimizer):
+    subjects = [subject for subject in INSTALLED if subject.serves(optimizer)]
+    result = tiny(optimizer, *subjects)
+    assert [timing.wrong for timing in result.timings] == [None] * len(subjects)
+    assert result.bytes_per_element == (28 if optimizer.name in ("AdamW", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop") else 20)
+    expected = {FUSED.name} if optimizer.torch_fuses else {LOOP.name, FOREACH.name}
+    assert result.baseline in expected
+    for timing in result.timings:
+        spreads = [timing.milliseconds, timing.ratio, timing.share_of_limit]
+        if timing.subject in (OURS.name, result.baseline):
+            spreads += [timing.moved_milliseconds, timing.moved_ratio]
+        for spread in spreads:
+            assert 0 < spread.lower_quartile <= spread.median <= spread.upper_quartile
+        assert timing.gigabytes_per_second == pytest.approx(
+            result.bytes_per_element * 15 / timing.milliseconds.median / 1e6, rel=1e-6
+        )
+    assert next(t for t in result.timings if t.subject == result.baseline).ratio == Spread(1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD momentum"])
+def test_bfloat16_parameters_keep_float32_states(name):
+    entrant = Entrant(OURS_BFLOAT16, OPTIMIZERS[name], TINY)
+    entrant.step_with_gradients(1)
+    assert entrant.itemsizes() == ([2, 2, 4, 4] if name == "AdamW" else [2, 2, 4])
+    result = tiny(OPTIMIZERS[name], FUSED_FLOAT32, OURS_BFLOAT16, baseline_names=[FUSED_FLOAT32.name])
+    assert result.baseline == FUSED_FLOAT32.name
+    assert [timing.wrong for timing in result.timings] == [None, None]
+
+
+@pytest.mark.parametrize("build", [no_decay, other_rate, nothing, NanInTheLastElement], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("place", [0, 1], ids=["before ours", "after ours"])
+def test_wrong_subject_is_reported_and_not_timed(build, place):
     log = []
-    contest = dataclasses.replace(ADAMW, **{role: recording("the wrong one", log, build)})
-    result = measure(contest, TINY, rounds=3)
-    assert result.wrong == ["the wrong one"]
-    assert result.ratio is result.baseline_ms is result.ours_ms is result.moved_gradients_ratio is None
-    assert len(log) == CHECKED_STEPS, "steps beyond the check were taken"
+    wrong = Subject("the wrong one", lambda optimizer, parameters: Recorder("wrong", log, parameters, build(optimizer, parameters)))
+    subjects = [FUSED, OURS]
+    subjects.insert(place, wrong)
+    if build is NanInTheLastElement or build is nothing:
+        subjects[place] = wrong = Subject("the wrong one", build)
+    timing = next(t for t in tiny(ADAMW, *subjects).timings if t.subject == "the wrong one")
+    assert "ulps from torch's for-loop" in timing.wrong
+    assert timing == Timing("the wrong one", wrong=timing.wrong, error_ulps=pytest.approx(timing.error_ulps, nan_ok=True))
+    assert len(log) in (0, CHECKED_STEPS), "steps beyond the check were taken"
 
 
-def test_reference_itself_is_exact():
-    assert error_in_ulps(lambda parameters: ADAMW.reference(parameters), ADAMW.reference, TINY) <= 4
+def test_one_element_of_many_periods_is_missed_by_none():
+    case = Case("long", "long", ((3 * PERIOD + 5,),))
+    assert measure.checked(Subject("right", FUSED.build), ADAMW, case)[1] <= 8
+    assert measure.checked(Subject("skips", SkipsAnElement), ADAMW, case)[1] > 8
 
 
-def test_turns_alternate_with_equal_numbers_of_steps():
+def test_where_the_baseline_is_wrong_there_is_no_ratio():
+    result = tiny(ADAMW, dataclasses.replace(FUSED, build=no_decay), OURS)
+    ours = result.timings[1]
+    assert result.baseline is ours.ratio is ours.moved_ratio is None
+    assert ours.milliseconds.median > 0
+
+
+def test_a_failing_subject_is_reported_without_paths():
+    def fails(optimizer, parameters):
+        raise RuntimeError("no compiler at /some/where/cc\nand more")
+
+    result = tiny(ADAMW, Subject("broken", fails), OURS)
+    assert result.timings[0].wrong == "fails: RuntimeError: no compiler at ..."
+    assert result.timings[1].milliseconds.median > 0
+
+
+def test_a_package_that_is_not_installed_says_so():
+    assert Subject("x", nothing, package="a_package_that_nobody_has").obstacle == "not installed"
+    assert {"DeepSpeed CPUAdam", "bitsandbytes", "torchao", "optimi"} <= set(SUBJECTS)
+
+
+# --- turns and rounds -------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_alternate_and_slow_subjects_leave_early():
     log = []
-    seconds = interleaved([recording("a", log), recording("b", log)], TINY, 4, 0.0, move_gradients=False)
-    assert [len(turns) for turns in seconds] == [4, 4]
-    assert "".join(name for name, _ in log).endswith("abbaabba")
+    turns = {name: lambda seconds, name=name: log.append(name) or 1.0 for name in "abc"}
+    times = measure.interleaved(turns, {"a", "b"}, 1e9, 0.0)
+    assert {name: len(own) for name, own in times.items()} == {"a": 31, "b": 31, "c": 5}
+    assert "".join(log).startswith("abc" + "abccbaabccbaabc" + "baabbaab")
 
 
-@pytest.mark.parametrize("move_gradients", [False, True], ids=["same addresses", "moved"])
-def test_gradients_move_at_every_step_where_asked(move_gradients):
+def test_measuring_ends_when_its_time_is_over():
+    times = measure.interleaved({"a": lambda seconds: 1.0}, {"a"}, 0.0, 0.0)
+    assert len(times["a"]) == 5
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["same addresses", "moved"])
+def test_gradients_move_at_every_step_where_asked(moved):
     log = []
-    interleaved([recording("a", log)], TINY, 4, 0.0, move_gradients)
-    addresses = [found for _, found in log]
-    for before, after in itertools.pairwise(addresses):
-        moved = [old != new for old, new in zip(before, after, strict=True)]
-        assert moved == [move_gradients] * TINY.tensors
+    entrant = Entrant(Subject("a", lambda optimizer, parameters: Recorder("a", log, parameters)), ADAMW, TINY)
+    entrant.step_with_gradients(1)
+    for _ in range(4):
+        (entrant.take_moved if moved else entrant.take)(0.0)
+    for (_, before), (_, after) in itertools.pairwise(log):
+        assert [old != new for old, new in zip(before, after, strict=True)] == [moved] * TINY.tensors
 
 
 def test_spread_of_rounds():
     assert Spread.of([4.0, 1.0, 2.0, 5.0, 3.0]) == Spread(median=3.0, lower_quartile=2.0, upper_quartile=4.0)
 
 
-@pytest.mark.parametrize("contest", CONTESTS)
-def test_first_step_of_a_second_process_compiles_nothing(contest):
-    step = measure_first_step(contest)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("itemsizes", [[4, 4, 4, 4], [4, 4], [2, 2, 4, 4], [8, 8, 8]], ids=str)
+def test_memory_limit_passes_over_every_number_of_every_stream(itemsizes, threads):
+    limit = roofline.CpuLimit(10_001, itemsizes, threads)
+    limit._walk_all(2)  # and once when it was made
+    assert sum(p.size for p, _, _ in limit._shares) == 10_001
+    for p, g, states in limit._shares:
+        assert states.shape == (len(itemsizes) - 2, p.size)
+        assert (p == 0).all() and (g == 1).all() and (states == ~1).all()
+    assert roofline.bytes_moved(itemsizes) == 2 * sum(itemsizes) - itemsizes[1]
+
+
+# --- costs and surroundings -------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_step_add_up_to_it():
+    found = costs.breakdown(ADAMW, Case.equal(10, 1), True, 0.05)
+    assert sum(part.microseconds for part in found.parts) == pytest.approx(found.profiled_microseconds)
+    names = {part.function: part.purpose for part in found.parts}
+    assert names["fusedopt.kernels.plan.Plan.gradients"].startswith("Return the gradients by bucket")
+    assert not any("move_gradients" in name for name in names), "what is outside of the step was profiled"
+    assert not any("/" in name for name in names)
+
+
+@pytest.mark.parametrize(("name", "per_tensor"), [("AdamW", 8), ("SGD momentum", 2)])
+def test_launches_are_counted(name, per_tensor):
+    found = costs.launches(OPTIMIZERS[name], Case.equal(7, 100))
+    assert (found.tensors, found.buckets, found.fused_operations) == (7, 1, 1)
+    assert found.loop_operations >= 7 * per_tensor
+    assert found.foreach_operations < 7 * per_tensor
+
+
+def test_thread_counts_are_put_back():
+    before = torch.get_num_threads()
+    found = surroundings.scaling(ADAMW, [TINY], 0.0)
+    assert [each.threads for each in found] == sorted({min(2**i, before) for i in range(8)})
+    assert torch.get_num_threads() == before
+
+
+def test_the_busy_process_ends(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments: started.append(popen(*arguments)) or started[0])
+    monkeypatch.setattr(surroundings, "_START_SECONDS", 0.0)
+
+    def interrupted():
+        with surroundings.busy_core():
+            assert started[0].poll() is None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert started[0].poll() is not None
+
+
+def test_first_step_of_a_second_process_compiles_nothing():
+    step = measure_first_step("SGD momentum")
     assert step.fresh_files > 0
     assert step.warm_files == 0
-    assert step.fresh_seconds > 0
-    assert step.warm_seconds > 0
+    assert min(step.fresh_seconds, step.warm_seconds, step.numba_seconds) > 0
 
 
-def test_readme_is_rewritten_between_the_markers(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nrest\n", encoding="utf-8")
-    update_readme(readme, "| new |")
-    update_readme(readme, "| newer |")
-    assert readme.read_text(encoding="utf-8") == f"# Title\n\n{BEGIN}\n| newer |\n{END}\n\nrest\n"
+# --- the command and its reports --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run of all parts on tiny cases: its folder, with the report, and its record."""
+    folder = tmp_path_factory.mktemp("results")
+    cases = {"3x5": TINY, "2x4": Case.equal(2, 4), "resnet50": TINY, "gpt2-small": TINY}
+    extent = run.Extent(0.0, ("3x5", "2x4"), ("3x5",), ("3x5",), ("3x5", "2x4"), ("AdamW",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "CASES", cases)
+        patch.setattr(run, "SYNTHETIC", [TINY] * 5)
+        patch.setattr(run, "FULL", extent)
+        patch.setattr(command, "FULL", extent)
+        patch.setattr(costs, "HOST_TENSORS", (1, 2))
+        patch.setattr(costs.host_costs, "__defaults__", ((1, 2),))
+        patch.setattr(costs, "PAUSE_SECONDS", 0.0)
+        patch.setattr(costs, "THREADED_CASE", TINY)
+        patch.setattr(surroundings, "_START_SECONDS", 0.0)
+        patch.setattr(measure.interleaved, "__defaults__", (0.0,))
+        patch.setattr(measure.measure, "__defaults__", (0.0, None))
+        patch.setattr(run, "measure_first_step", lambda name: FirstStep(name, 2.5, 0.125, 0.1, 4, 0))
+        assert command.main(["--output", str(folder)]) == 0
+    (record,) = folder.glob("*.json")
+    return folder, record
+
+
+def texts(folder):
+    return {path.suffix: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
+def test_a_run_writes_one_record_and_its_reports(whole_run):
+    folder, record = whole_run
+    assert sorted(path.suffix for path in folder.iterdir()) == [".html", ".json", ".md"]
+    assert {path.stem for path in folder.iterdir()} == {record.stem}
+    held = run.read(record)
+    assert held.whole
+    assert held.command == "python -m bench"
+    assert [(r.optimizer, r.case) for r in held.results if r.device == "cpu"] == [
+        *itertools.product(["AdamW", "SGD momentum"], ["3x5", "2x4"]),
+        *((name, "3x5") for name in OPTIMIZERS if name not in ("AdamW", "SGD momentum")),
+    ]
+    for name in run.RECORDED:
+        assert getattr(held, name), f"nothing was recorded of {name}"
+
+
+@pytest.mark.parametrize("suffix", [".md", ".html"])
+def test_reports_hold_what_was_measured(whole_run, suffix):
+    folder, path = whole_run
+    record, text = run.read(path), texts(folder)[suffix]
+    for section in (
+        "In short",
+        "AdamW, float32, on the CPU",
+        "SGD momentum, float32, on the CPU",
+        "Other optimizers",
+        "bfloat16",
+        "What a step costs apart from its kernel",
+        "First step",
+        "Threads, and a busy core beside",
+        "CPU against GPU",
+        "Who took part",
+        "How it was measured",
+    ):
+        assert section in text
+    for result in [*record.results, *record.bfloat16]:
+        ours = next(timing for timing in result.timings if timing.subject.startswith("fusedopt"))
+        if result.device == "cpu":
+            assert report._number(ours.milliseconds.median) in text
+            assert report._spread(ours.ratio) in text
+    for expected in (torch.__version__, record.machine.cpu, "python -m bench", "not installed", "make bench-compare"):
+        assert expected in text
+
+
+def test_without_a_gpu_the_report_says_so_and_shows_no_time(whole_run):
+    record = run.read(whole_run[1])
+    record.machine.gpu = None
+    record.results = [result for result in record.results if result.device == "cpu"]
+    text = report.as_markdown("", report.document(record))
+    gpu = text[text.index("## CPU against GPU") : text.index("## Who took part")]
+    assert "no time on one was measured" in gpu
+    assert " ms |" not in gpu
+    assert "| AdamW | 3 x 5 | 3 | 28 | 1 | 1 | 8 | 24 |" in gpu
+
+
+def test_with_a_gpu_both_stand_in_one_table(whole_run):
+    _, path = whole_run
+    record = run.read(path)
+    on_gpu = run.read(path).results[0]
+    on_gpu.device, on_gpu.baseline = "cuda", "torch fused, CUDA"
+    for timing in on_gpu.timings:
+        timing.subject += ", CUDA"
+        timing.milliseconds.median = 0.0625
+    record.machine.gpu = "Some GPU"
+    record.results = [*(r for r in record.results if r.device == "cpu"), on_gpu]
+    text = report.as_markdown("", report.document(record))
+    gpu = text[text.index("## CPU against GPU") : text.index("## Who took part")]
+    assert "GPU torch, ms | GPU fusedopt, ms" in gpu
+    assert "| 0.0625 | 0.0625 |" in gpu
+    assert "no time on one was measured" not in gpu
+
+
+def test_the_page_needs_nothing_else(whole_run):
+    page = texts(whole_run[0])[".html"]
+    assert page.count("<svg") == len(plots.FIGURES)
+    assert "<script" not in page
+    assert not [part for part in ("src=", "<link", "@import", "url(http") if part in page]
+    assert "width=" not in page[page.index("<svg") : page.index(">", page.index("<svg"))]
+
+
+def test_reports_name_no_machine(whole_run):
+    folder, _ = whole_run
+    home, host = str(Path.home()), platform.node()
+    for suffix, text in texts(folder).items():
+        for private in (str(folder), str(CHECKOUT), home, host, sys.prefix):
+            assert len(private) < 2 or private not in text, f"{suffix} holds {private}"
+
+
+def test_a_report_can_be_written_again(whole_run, tmp_path):
+    folder, path = whole_run
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    assert command.main(["--report", str(copy)]) == 0
+    assert texts(tmp_path) == texts(folder)
+
+
+def test_a_wrong_subject_is_in_the_report_and_in_the_exit_status(tmp_path, monkeypatch, capsys):
+    wrong = dataclasses.replace(OURS, build=no_decay)
+    monkeypatch.setattr(run, "ON_CPU", (FUSED, wrong))
+    monkeypatch.setattr(run, "CASES", {**CASES, "1000x100": TINY})
+    arguments = ["--quick", "--case", "1000x100", "--optimizer", "AdamW", "--output", str(tmp_path)]
+    assert command.main(arguments) == 1
+    assert "WRONG, so not timed: fusedopt, AdamW, 3 x 5: off by" in capsys.readouterr().out.replace("\n", " ")
+    for suffix, text in texts(tmp_path).items():
+        assert "ulps from torch" in text, suffix
+    (record,) = tmp_path.glob("*-part.json")
+    held = run.read(record)
+    assert not held.whole
+    assert held.command == "python -m bench --quick --case 1000x100 --optimizer AdamW"
+    assert held.results[0].timings[1].milliseconds is None
 
 
 @pytest.mark.parametrize(
-    "text", ["nothing", BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"], ids=lambda text: repr(text)
+    ("choice", "kinds", "number"),
+    [
+        (run.Choice(cases=("1x1M",), optimizers=("AdamW",)), {"results"}, 1),
+        (run.Choice(subjects=("fusedopt",)), {"results"}, 2 * len(run.QUICK.cases) + 8),
+        (run.Choice(parts=("busy",)), {"busy"}, 2),
+        (run.Choice(parts=("bfloat16", "first-step")), {"bfloat16", "first_steps"}, 3),
+        (run.Choice(cases=("1x1M",)), set(run.RECORDED), None),
+        (run.Choice(), set(run.RECORDED), None),
+    ],
+    ids=str,
 )
-def test_readme_without_two_markers_is_refused_and_kept(tmp_path, text):
-    readme = tmp_path / "README.md"
-    readme.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"README\.md: expected one line"):
-        update_readme(readme, "| new |")
-    assert readme.read_text(encoding="utf-8") == text
+def test_choices(choice, kinds, number, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = run.tasks(run.QUICK, choice)
+    assert {kind for _, kind, _ in found} == kinds
+    assert number is None or len(found) == number
 
 
-@pytest.fixture
-def tiny_run(tmp_path, monkeypatch):
-    """The command on a tiny case, for a checkout that consists of a README."""
-    monkeypatch.setattr(command, "CASES", (TINY,))
-    monkeypatch.setattr(command, "ROUNDS", 3)
-    monkeypatch.setattr(command, "CHECKOUT", tmp_path)
-    monkeypatch.setattr(command, "measure_first_step", lambda name: FirstStep(name, 2.5, 0.125, 4, 0))
-    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
-    return tmp_path
+def test_names_are_listed(capsys):
+    assert command.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    for name in (*CASES, *OPTIMIZERS, *SUBJECTS):
+        assert name in listed
 
 
-def test_command_writes_readme_and_json(tiny_run):
-    assert command.main(["--update-readme", "--json", str(tiny_run / "numbers.json")]) == 0
-    readme = (tiny_run / "README.md").read_text(encoding="utf-8")
-    for expected in ("| AdamW | 3 x 5 |", "| SGD, momentum=0.9 | 3 x 5 |", "| AdamW | 2.50 | 0.12 | 4, then 0 |"):
-        assert expected in readme
-    for expected in (f"torch {torch.__version__}", f"{os.cpu_count()} cores", "`python -m bench --update-readme`"):
-        assert expected in readme
-    numbers = json.loads((tiny_run / "numbers.json").read_text(encoding="utf-8"))
-    assert [result["contest"] for result in numbers["results"]] == list(CONTESTS)
-    assert all(result["ratio"]["median"] > 0 for result in numbers["results"])
-    assert numbers["machine"]["torch"] == torch.__version__
+# --- the README -------------------------------------------------------------------------------------------------------------
 
 
-def test_command_fails_and_keeps_the_readme_where_a_subject_is_wrong(tiny_run, monkeypatch, capsys):
-    wrong: Contest = dataclasses.replace(ADAMW, ours=Subject("fusedopt", no_decay))
-    monkeypatch.setattr(command, "contests", lambda: (wrong,))
-    assert command.main(["--update-readme"]) == 1
-    assert "WRONG, so not timed: fusedopt, AdamW, 3 x 5" in capsys.readouterr().out.replace("\n", " ")
-    assert (tiny_run / "README.md").read_text(encoding="utf-8") == f"{BEGIN}\n{END}\n"
+def test_readme_and_its_picture_come_from_a_record(whole_run, tmp_path, monkeypatch):
+    _, path = whole_run
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    (results / path.name).write_bytes(path.read_bytes())
+    text = f"# Title\n\n{BEGIN}\nold\n{END}\n\n<!-- bench-picture:begin -->\n<!-- bench-picture:end -->\nrest\n"
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(readme, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(readme, "CASES", ("3x5", "2x4"))
+    for _ in range(2):
+        assert readme.main([]) == 0
+    written = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert written.count("| AdamW | 3 x 5 |") == written.count("| SGD momentum | 2 x 4 |") == 1
+    assert "old" not in written and written.endswith("rest\n")
+    assert f"(bench/results/{path.stem}.md)" in written
+    assert "AdamW 2.5 s after installation, 0.1 s in a later process" in written
+    assert (tmp_path / "docs" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("partial", [["--quick"], ["--case", "3x5"]], ids=" ".join)
-def test_readme_is_for_full_runs(tiny_run, capsys, partial):
+def test_readme_takes_the_newest_whole_run(tmp_path):
+    for name, date, whole in (("a", "2026-01-02", True), ("b", "2026-01-01", True), ("c", "2026-01-03", False)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"whole": whole, "machine": {"date": date}}), encoding="utf-8")
+    assert readme.newest(tmp_path).name == "a.json"
+    assert readme.newest(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("held", [{"whole": False}, None], ids=["part of a run", "no run"])
+def test_readme_is_for_whole_runs(tmp_path, monkeypatch, capsys, held):
+    monkeypatch.setattr(readme, "CHECKOUT", tmp_path)
+    arguments = []
+    if held is not None:
+        (tmp_path / "some.json").write_text(json.dumps(held), encoding="utf-8")
+        arguments = [str(tmp_path / "some.json")]
     with pytest.raises(SystemExit) as stopped:
-        command.main(["--update-readme", *partial])
+        readme.main(arguments)
     assert stopped.value.code == 2
-    assert "leave out --quick and --case" in capsys.readouterr().err
+    assert "make one by python -m bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["nothing", BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"], ids=repr)
+def test_readme_without_two_markers_is_refused(text):
+    with pytest.raises(ValueError, match=r"README\.md: expected one line"):
+        readme.replace_between(text, "bench", "new")
+
+
+@pytest.mark.parametrize("name", [readme.TABLE, readme.PICTURE])
+def test_readme_of_the_project_has_the_markers(name):
+    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    assert "\n| new |\n" in readme.replace_between(text, name, "| new |")
+
+
+# --- two revisions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "regression"),
+    [
+        pytest.param([1.0, 1.01, 0.99], [1.0, 1.02, 0.98], False, id="same"),
+        pytest.param([1.0, 1.01, 0.99], [1.3, 1.31, 1.29], True, id="slower"),
+        pytest.param([1.0, 1.01, 0.99], [0.7, 0.71, 0.69], False, id="faster"),
+        pytest.param([1.0, 1.01, 0.99], [1.08, 1.09, 1.07], False, id="within the threshold"),
+        pytest.param([1.0, 2.0, 0.5], [1.3, 2.6, 0.65], False, id="within the noise"),
+        pytest.param([1.0, 1.0, 1.0, 1.0, 9.0], [1.3, 1.3, 1.3, 1.3, 1.3], True, id="slower, beside an outlier"),
+    ],
+)
+def test_regressions_are_beyond_threshold_and_noise(old, new, regression):
+    rounds = [({"case": a, "gone": a}, {"case": b}) for a, b in zip(old, new, strict=True)]
+    (found,) = compare.compared(rounds)
+    assert found.name == "case"
+    assert found.is_regression(0.1) is regression
+    text = "\n".join(compare.described([found], 0.1))
+    assert ("SLOWER" in text) is regression
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.5, 1)], ids=["same", "slower"])
+def test_comparison_sets_the_exit_status(factor, status, monkeypatch, tmp_path, capsys):
+    turns = []
+
+    def times_of(checkout, names, caches):
+        turns.append(checkout == CHECKOUT)
+        return {"case": factor if checkout == CHECKOUT else 1.0}
+
+    monkeypatch.setattr(compare, "_times_of", times_of)
+    monkeypatch.setattr(compare, "worktree", lambda base: contextlib.nullcontext(tmp_path))
+    monkeypatch.setattr(compare, "_git", lambda *arguments: subprocess.CompletedProcess(arguments, 0))
+    assert compare.main(["HEAD", "--rounds", "4"]) == status
+    assert turns == [False, True, True, False, False, True, True, False]
+    assert ("SLOWER" in capsys.readouterr().out) is bool(status)
+
+
+def test_another_revision_is_measured_in_a_checkout_of_its_own():
+    if not (CHECKOUT / ".git").exists():
+        pytest.skip("not a git checkout: there is no other revision")
+    with compare.worktree("HEAD") as base:
+        assert (base / "fusedopt" / "__init__.py").is_file()
+        rounds = list(compare.alternated(base, base, [["SGD momentum"], ["1000x100"]], 1))
+    assert not base.exists()
+    assert str(base) not in compare._git("worktree", "list").stdout
+    for times in rounds[0]:
+        assert list(times) == ["SGD momentum, 1,000 x 100", "SGD momentum, 1,000 x 100, moved gradients"]
+        assert min(times.values()) > 0
+
+
+@pytest.mark.parametrize("base", ["", "no-such-revision"], ids=repr)
+def test_an_unknown_revision_is_refused(base, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main([base])
+    assert stopped.value.code == 2
+    assert "names no revision" in capsys.readouterr().err
 
 
 def test_single_steps_run_under_pytest_benchmark():
-    selected = "bench/test_step.py::test_step[ours-AdamW-1000x100]"
+    selected = "bench/test_step.py::test_step[AdamW-fusedopt-1000x100]"
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable", selected],
         cwd=CHECKOUT,
@@ -178,3 +583,9 @@ def test_single_steps_run_under_pytest_benchmark():
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "1 passed" in finished.stdout
+
+
+def test_no_thread_stays_behind():
+    before = threading.active_count()
+    tiny(ADAMW, FUSED, OURS)
+    assert threading.active_count() <= before

@@ -1,0 +1,79 @@
+"""The README's table and picture from the record of a whole run: ``make bench-readme``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from .first_step import CHECKOUT
+from .plots import overview, save_png
+from .report import machine_line, markdown_table, ratio_table
+from .run import MAIN_OPTIMIZERS, read
+
+TABLE, PICTURE = "bench", "bench-picture"
+#: Cases of the table, in its order; reports have them all.
+CASES = ("1x20M", "1x1M", "100x50k", "1000x1k", "1000x100", "mobilenet-v2", "resnet50", "gpt2-small")
+EXPLANATION = (
+    "float32 on the CPU; a whole `optimizer.step()` against torch's fused one. torch / ours: ratio of the times, above 1 where "
+    "fusedopt is faster; median of interleaved rounds, quartiles in brackets. Moved gradients: the same ratio where each step "
+    "finds "
+    "its gradients at new addresses, as after `zero_grad()`. Of the limit: bytes moved over time, against a kernel that moves the "
+    "same bytes without arithmetic; in caches, which the smaller cases fit into, no step reaches it."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite table and picture; return 2 if there is no whole run to take them from."""
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    parser.add_argument(
+        "record", type=Path, nargs="?", metavar="FILE.json", help="of a whole run; default: the newest in bench/results"
+    )
+    path = parser.parse_args(arguments).record or newest(CHECKOUT / "bench" / "results")
+    if path is None:
+        parser.error("bench/results holds no record of a whole run: make one by python -m bench, without options")
+    record = read(path)
+    if not record.whole:
+        parser.error(f"{path.name} is not of a whole run: make one by python -m bench, without options")
+    update(CHECKOUT, record, path.with_suffix(".md").name)
+    return 0
+
+
+def newest(folder: Path) -> Path | None:
+    """The record of the latest whole run in `folder`, by its date, or None."""
+    whole = [path for path in folder.glob("*.json") if read(path).whole]
+    return max(whole, key=lambda path: (read(path).machine.date, path.stat().st_mtime), default=None)
+
+
+def update(checkout: Path, record: SimpleNamespace, report: str) -> None:
+    """Put table and picture of `record` into the README of `checkout`, which names the file `report`."""
+    results = [r for r in record.results if r.device == "cpu" and r.optimizer in MAIN_OPTIMIZERS and r.case in CASES]
+    results.sort(key=lambda r: (MAIN_OPTIMIZERS.index(r.optimizer), CASES.index(r.case)))
+    first_steps = "; ".join(
+        f"{step.optimizer} {step.fresh_seconds:.1f} s after installation, {step.warm_seconds:.1f} s in a later process"
+        for step in record.first_steps
+    )
+    paragraphs = [EXPLANATION, markdown_table(ratio_table(results)), f"First step, Numba's import included: {first_steps}."]
+    paragraphs.append(f"{machine_line(record.machine)}; {record.machine.date}. Reproduce with `{record.command}`.")
+    readme = checkout / "README.md"
+    text = replace_between(readme.read_text(encoding="utf-8"), TABLE, "\n\n".join(paragraphs))
+    link = f"[bench/results/{report}](bench/results/{report})"
+    picture = f"![How many times as fast as torch's fused step](docs/benchmark.png)\n\n*All cases, and more: {link}.*"
+    text = replace_between(text, PICTURE, picture)
+    save_png(overview(record), checkout / "docs" / "benchmark.png")
+    readme.write_text(text, encoding="utf-8")
+
+
+def replace_between(text: str, name: str, new: str) -> str:
+    """Return `text` with `new` between the two markers of this name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md: expected one line {begin} and after it one line {end}; add them")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""A whole run: which contests are held, and the record of all that was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from . import costs, surroundings
+from .cases import CASES, OPTIMIZERS, SYNTHETIC, Case, Optimizer
+from .first_step import measure_first_step
+from .machine import Machine
+from .measure import measure
+from .subjects import FUSED_FLOAT32, ON_CPU, ON_GPU, OURS_BFLOAT16, SUBJECTS, Subject, baseline
+
+#: torch's for-loop and lists take seconds a step on more elements than this; they are left out there.
+MANY_ELEMENTS = 50_000_000
+SLOW_SUBJECTS = ("torch loop", "torch foreach", "torch foreach, CUDA")
+MAIN_OPTIMIZERS = ("AdamW", "SGD momentum")
+PARTS = ("steps", "bfloat16", "costs", "threads", "busy", "first-step")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured.
+
+    Args:
+        seconds: for each contest, about, with the same gradients and with moved ones.
+        cases: of the main optimizers.
+        other_cases: of the other optimizers.
+        bfloat16_cases: with parameters in bfloat16.
+        surrounded_cases: on fewer threads, and beside a busy core.
+        first_steps: optimizers whose first step is taken in new processes.
+    """
+
+    seconds: float
+    cases: tuple[str, ...]
+    other_cases: tuple[str, ...]
+    bfloat16_cases: tuple[str, ...]
+    surrounded_cases: tuple[str, ...]
+    first_steps: tuple[str, ...]
+
+
+FULL = Extent(
+    seconds=5.0,
+    cases=tuple(CASES),
+    other_cases=("1x20M", "1000x1k", "resnet50"),
+    bfloat16_cases=("1x20M", "1x1M", "resnet50"),
+    surrounded_cases=("1x20M", "1x1M", "100x50k", "1000x1k"),
+    first_steps=MAIN_OPTIMIZERS,
+)
+QUICK = Extent(
+    seconds=0.8,
+    cases=("1x20M", "1x1M", "100x50k", "1000x1k", "1000x100", "mobilenet-v2", "resnet50"),
+    other_cases=("1000x1k",),
+    bfloat16_cases=("1x20M",),
+    surrounded_cases=("1x1M", "100x50k"),
+    first_steps=MAIN_OPTIMIZERS[:1],
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a user asks for; whatever is empty is all that belongs to the extent."""
+
+    cases: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = ()
+    subjects: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was left out."""
+        return not (self.cases or self.optimizers or self.subjects or self.parts)
+
+
+#: A piece of a run: what it is called, the list of the record that it adds to, and what measures.
+Task = tuple[str, str, Callable[[], Sequence[Any]]]
+
+
+def tasks(extent: Extent, choice: Choice) -> list[Task]:
+    """Everything to measure, in order."""
+    found: list[Task] = []
+    for optimizer in OPTIMIZERS.values():
+        if choice.optimizers and optimizer.name not in choice.optimizers:
+            continue
+        main = optimizer.name in MAIN_OPTIMIZERS
+        for case in _chosen(extent.cases if main else extent.other_cases, choice):
+            for subjects in (ON_CPU, ON_GPU):
+                found += _contest(optimizer, case, subjects, extent.seconds, choice)
+        if main and _wants("bfloat16", choice):
+            for case in _chosen(extent.bfloat16_cases, choice):
+                found.append((f"{optimizer.name}, {case.title}, bfloat16", "bfloat16", _bfloat16(optimizer, case, extent.seconds)))
+    adamw = OPTIMIZERS["AdamW"]
+    if _wants("costs", choice):
+        found.append(("cost of a step by tensors", "host_costs", lambda: costs.host_costs(adamw, extent.seconds / 2)))
+        for case, moved in ((SYNTHETIC[3], True), (Case.equal(1000, 1), True), (Case.equal(1000, 1), False)):
+            name = f"parts of a step, {case.title}"
+            found.append((name, "breakdowns", lambda c=case, m=moved: [costs.breakdown(adamw, c, m, extent.seconds / 2)]))
+        found.append(("start of threads", "thread_starts", lambda: costs.thread_starts(adamw, extent.seconds / 2)))
+        for name in MAIN_OPTIMIZERS:
+            for case in (SYNTHETIC[3], CASES["resnet50"], CASES["gpt2-small"]):
+                found.append(("launches", "launches", lambda o=OPTIMIZERS[name], c=case: [costs.launches(o, c)]))
+    surrounded = _chosen(extent.surrounded_cases, choice)
+    if _wants("threads", choice):
+        for case in surrounded:
+            found.append((f"threads, {case.title}", "scaling", lambda c=case: surroundings.scaling(adamw, [c], extent.seconds / 2)))
+    if _wants("busy", choice):
+        for case in surrounded:
+            measure_busy = lambda c=case: surroundings.beside_a_busy_core(adamw, [c], extent.seconds / 2)  # noqa: E731
+            found.append((f"beside a busy core, {case.title}", "busy", measure_busy))
+    if _wants("first-step", choice):
+        for name in extent.first_steps:
+            found.append((f"first step, {name}", "first_steps", lambda n=name: [measure_first_step(n)]))
+    return found
+
+
+def _wants(part: str, choice: Choice) -> bool:
+    # Who chooses subjects or optimizers wants steps alone, unless parts are chosen as well.
+    return part in (choice.parts or (("steps",) if choice.subjects or choice.optimizers else PARTS))
+
+
+def _chosen(names: Sequence[str], choice: Choice) -> list[Case]:
+    return [CASES[name] for name in choice.cases or names]
+
+
+def _contest(optimizer: Optimizer, case: Case, subjects: Sequence[Subject], seconds: float, choice: Choice) -> list[Task]:
+    large = case.elements > MANY_ELEMENTS
+    names = baseline(optimizer, subjects[0].device)
+    taking_part = [
+        subject
+        for subject in subjects
+        if subject.serves(optimizer)
+        and subject.obstacle is None
+        and (
+            subject.name in choice.subjects
+            if choice.subjects
+            else not large or subject.name not in SLOW_SUBJECTS or subject.name in names
+        )
+    ]
+    if not taking_part or not _wants("steps", choice):
+        return []
+    where = "" if subjects[0].device == "cpu" else ", GPU"
+    return [(f"{optimizer.name}, {case.title}{where}", "results", lambda: [measure(optimizer, case, taking_part, seconds)])]
+
+
+def _bfloat16(optimizer: Optimizer, case: Case, seconds: float) -> Callable[[], Sequence[Any]]:
+    return lambda: [measure(optimizer, case, [FUSED_FLOAT32, OURS_BFLOAT16], seconds, baseline_names=[FUSED_FLOAT32.name])]
+
+
+def run(extent: Extent, choice: Choice, command: str, begin: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Measure everything and return the record.
+
+    Args:
+        extent: how much.
+        choice: what of it.
+        command: that repeats the run.
+        begin: is told each task, its number and their number, before it begins.
+    """
+    started = time.perf_counter()
+    record: dict[str, Any] = {
+        "command": command,
+        "whole": choice.is_whole and extent is FULL,
+        "machine": dataclasses.asdict(Machine.here()),
+        "subjects": [{"name": s.name, "obstacle": s.obstacle} for s in SUBJECTS.values()],
+        **{name: [] for name in RECORDED},
+    }
+    every = tasks(extent, choice)
+    for number, (name, kind, work) in enumerate(every):
+        begin(name, number, len(every))
+        record[kind] += [dataclasses.asdict(found) for found in work()]
+    record["seconds"] = time.perf_counter() - started
+    return record
+
+
+RECORDED = ("results", "bfloat16", "host_costs", "breakdowns", "thread_starts", "launches", "scaling", "busy", "first_steps")
+
+
+def read(path: Path) -> SimpleNamespace:
+    """Read a record; what was a dict has attributes."""
+    found: SimpleNamespace = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda d: SimpleNamespace(**d))
+    return found

@@ -1,0 +1,130 @@
+"""The implementations that are measured: torch's, fusedopt's, and those of other packages where they are installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedopt
+
+from .cases import Optimizer
+
+Build = Callable[[Optimizer, Sequence[Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One implementation.
+
+    Args:
+        name: as reports call it.
+        build: makes an optimizer of it for parameters.
+        serves: whether it has an optimizer.
+        device: where its parameters lie.
+        package: what has to be installed, by its name for import.
+        dtype: of its parameters and gradients.
+    """
+
+    name: str
+    build: Build
+    serves: Callable[[Optimizer], bool] = lambda optimizer: True
+    device: str = "cpu"
+    package: str | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be measured here, or None."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return "not installed"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "torch finds no GPU"
+        return None
+
+
+def _torch(**implementation: bool) -> Build:
+    def build(optimizer: Optimizer, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        known = {name: value for name, value in implementation.items() if name != "fused" or value or optimizer.torch_fuses}
+        return optimizer.torch_class(parameters, **optimizer.arguments, **known)  # type: ignore[arg-type]
+
+    return build
+
+
+def _ours(optimizer: Optimizer, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    found: torch.optim.Optimizer = getattr(fusedopt, optimizer.class_name)(parameters, **optimizer.arguments, fused=True)
+    return found
+
+
+def _ours_with_float32_states(optimizer: Optimizer, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """States keep the dtype that they have in a checkpoint: load one with states of zeros in float32."""
+    twin = torch.ones(2, requires_grad=True)
+    twin.grad = torch.ones(2)
+    example = _ours(optimizer, [twin])
+    example.step()
+    built = _ours(optimizer, parameters)
+    checkpoint = built.state_dict()
+    checkpoint["state"] = {
+        index: {
+            name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False) if part.dim() else torch.zeros_like(part)
+            for name, part in example.state[twin].items()
+        }
+        for index, parameter in enumerate(parameters)
+    }
+    built.load_state_dict(checkpoint)
+    return built
+
+
+def _from(package: str, class_names: dict[str, str], **arguments: Any) -> tuple[Build, Callable[[Optimizer], bool]]:
+    """Build what `package` calls by `class_names` (by our names of optimizers); and whether it has an optimizer."""
+
+    def build(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Any:
+        made = getattr(importlib.import_module(package), class_names[optimizer.name])
+        # Defaults differ between packages, so torch's are given.
+        defaults = optimizer.torch_class([torch.empty(1)], **optimizer.arguments).defaults  # type: ignore[arg-type]
+        known = {name: defaults[name] for name in ("lr", "betas", "eps", "momentum", "weight_decay") if name in defaults}
+        return made(parameters, **known, **arguments)
+
+    return build, lambda optimizer: optimizer.name in class_names
+
+
+_DEEPSPEED = _from("deepspeed.ops.adam", {"AdamW": "DeepSpeedCPUAdam"}, adamw_mode=True, fp32_optimizer_states=True)
+_BITSANDBYTES = _from("bitsandbytes.optim", {"AdamW": "AdamW32bit"})
+_TORCHAO = _from("torchao.optim", {"AdamW": "_AdamW"})
+_OPTIMI = _from("optimi", {"AdamW": "AdamW", "SGD momentum": "SGD"})
+
+LOOP = Subject("torch loop", _torch(foreach=False, fused=False))
+FOREACH = Subject("torch foreach", _torch(foreach=True))
+FUSED = Subject("torch fused", _torch(fused=True), lambda optimizer: optimizer.torch_fuses)
+OURS = Subject("fusedopt", _ours)
+FUSED_FLOAT32 = replace(FUSED, name="torch fused, float32")
+OURS_BFLOAT16 = Subject("fusedopt, bfloat16", _ours_with_float32_states, dtype=torch.bfloat16)
+
+#: On the CPU. What a package has for GPUs as well is measured there, too.
+ON_CPU = (
+    LOOP,
+    FOREACH,
+    FUSED,
+    OURS,
+    Subject("DeepSpeed CPUAdam", *_DEEPSPEED, package="deepspeed"),
+    Subject("bitsandbytes", *_BITSANDBYTES, package="bitsandbytes"),
+    Subject("torchao", *_TORCHAO, package="torchao"),
+    Subject("optimi", *_OPTIMI, package="optimi"),
+)
+ON_GPU = tuple(
+    replace(subject, name=f"{subject.name}, CUDA", device="cuda")
+    for subject in ON_CPU
+    if subject.name not in ("torch loop", "DeepSpeed CPUAdam")
+)
+SUBJECTS = {subject.name: subject for subject in (*ON_CPU, *ON_GPU)}
+
+
+def baseline(optimizer: Optimizer, device: str = "cpu") -> tuple[str, ...]:
+    """Names of the implementations of torch of which the fastest is the baseline: the fused one where torch has it."""
+    names = ("torch fused",) if optimizer.torch_fuses else ("torch loop", "torch foreach")
+    return names if device == "cpu" else tuple(f"{name}, CUDA" for name in names)
