@@ -66,11 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: two minutes on two cores, not ten")
-    chosen = {"case": CASES, "optimizer": OPTIMIZERS, "subject": SUBJECTS, "part": PARTS}
+    chosen = {"case": [*CASES], "optimizer": [*OPTIMIZERS], "subject": [*SUBJECTS], "part": [*PARTS]}
     for name, known in chosen.items():
-        parser.add_argument(
-            f"--{name}", action="append", choices=list(known), metavar="NAME", help=f"this {name} alone; may be repeated"
-        )
+        parser.add_argument(f"--{name}", action="append", choices=known, metavar="NAME", help=f"this {name} alone; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the names of cases, optimizers, subjects and parts")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="where reports go (bench/results)")
     parser.add_argument(
@@ -89,7 +87,7 @@ def _without_output(arguments: Sequence[str]) -> list[str]:
 
 
 def _print_names() -> None:
-    for title, names in (("cases", CASES), ("optimizers", OPTIMIZERS), ("subjects", SUBJECTS), ("parts", PARTS)):
+    for title, names in (("cases", [*CASES]), ("optimizers", [*OPTIMIZERS]), ("subjects", [*SUBJECTS]), ("parts", [*PARTS])):
         print(f"{title}: {', '.join(names)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -71,8 +72,9 @@ def by_period(flat: Tensor, twice: Tensor, first: int) -> list[tuple[Tensor, Ten
     return [*parts, (flat[whole:], twice[first : first + flat.numel() - whole])]
 
 
+@functools.cache
 def values(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A period of normal values, the same at every call."""
+    """A period of normal values, the same tensor at every call: not to be written."""
     return torch.randn(PERIOD, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -137,8 +139,8 @@ class Optimizer:
 
     def reference(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """torch's for-loop."""
-        fused = {"fused": False} if self.torch_fuses else {}
-        return self.torch_class(parameters, **self.arguments, foreach=False, **fused)  # type: ignore[call-arg]
+        options = {**self.arguments, "foreach": False, **({"fused": False} if self.torch_fuses else {})}
+        return self.torch_class(parameters, **options)
 
 
 OPTIMIZERS = {

@@ -27,6 +27,14 @@ THREADED_CASE = Case.equal(1, 262_144)
 PAUSE_SECONDS = 0.02
 
 
+#: What functions without a docstring do, by the end of their names.
+PURPOSES = {
+    "FusedOptimizer._step.<listcomp>": "List all parameters, and their gradients",
+    "tensor_objects.unchanged": "Check at once that no tensor has changed in kind or place, and read the addresses of gradients",
+    "tensor_objects.count_versions": "Tell autograd that parameters and states are written",
+}
+
+
 @dataclass
 class HostCost:
     """Microseconds of a step on tensors of one element, with gradients as they were, and newly allocated."""
@@ -212,9 +220,12 @@ def _described(code: Any) -> tuple[str, str]:
     # Generated modules are called after the hash of their text.
     module = re.sub(r"^fusedopt_generated_(\w+)_[0-9a-f]{16}$", r"generated \1", module)
     name = f"{module}.{code.co_qualname}".replace(".<locals>", "")
+    for end, purpose in PURPOSES.items():
+        if name.endswith(end):
+            return name, purpose
     try:
-        found = functools.reduce(getattr, code.co_qualname.split("."), known)
+        documented = functools.reduce(getattr, code.co_qualname.split("."), known).__doc__
     except AttributeError:
-        return name, ""
-    purpose = (getattr(found, "__doc__", None) or "").strip().partition("\n")[0].replace("``", "`")
+        documented = None
+    purpose = (documented or "").strip().partition("\n")[0].replace("``", "`")
     return name, purpose.rstrip(".:,;")

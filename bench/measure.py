@@ -18,9 +18,6 @@ from .cases import Case, Optimizer
 from .subjects import Subject, baseline
 
 CHECKED_STEPS = 3
-ALLOWED_ULPS = 8.0
-"""A step rounds the parameter two or three times, by half an ulp at most, and some more inside the update: torch's own
-for-loop in float32 comes to 4.1 ulps in three steps of AdamW. A step without its decay is off by hundreds."""
 TURN_SECONDS = 0.05
 """A turn takes steps for this long, or one: well above the clock's and the scheduler's grain."""
 LEAST_ROUNDS, MOST_ROUNDS = 5, 31
@@ -199,12 +196,12 @@ def measure(
             timing.wrong = f"fails: {_brief(error)}"
             continue
         # Written so that NaN is wrong.
-        if timing.error_ulps <= ALLOWED_ULPS:
+        if timing.error_ulps <= subject.allowed_ulps:
             entrants[subject.name] = entrant
         else:
             timing.wrong = (
                 f"off by {timing.error_ulps:.3g} ulps from torch's for-loop in float64 after {CHECKED_STEPS} steps; "
-                f"{ALLOWED_ULPS:g} are allowed"
+                f"{subject.allowed_ulps:g} are allowed"
             )
     if not entrants:
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -9,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH = 9.0
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -33,6 +35,15 @@ STYLE = {
     # Letters as shapes: a report looks the same wherever it is opened.
     "svg.fonttype": "path",
 }
+
+
+def _styled(draw: Callable[[SimpleNamespace], Figure | None]) -> Callable[[SimpleNamespace], Figure | None]:
+    @functools.wraps(draw)
+    def drawn(record: SimpleNamespace) -> Figure | None:
+        with mpl.rc_context(STYLE):
+            return draw(record)
+
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,9 @@ LOOKS = {
     "optimi": Look("#8c6d46", "*"),
 }
 _LIMIT_COLOUR = "#555555"
-#: Of the parts of a step, from dark to light.
-_PART_COLOURS = ("#123a7a", "#3a6ea5", "#f0a04b", "#7fb0d8", "#8c6d46", "#a9c9a4", "#c9b4d9", "#e8cfa6", "#b5485d", "#d8e4ee")
+_OVERVIEW_LOOKS: tuple[dict[str, Any], ...] = ({"color": "#123a7a"}, {"color": "#9cc3e6", "edgecolor": "black", "linewidth": 0.5})
+#: Of the parts of a step, from dark to light; of all others last.
+_PART_COLOURS: list[Any] = [*(mpl.colormaps["viridis"](place / 8) for place in range(9)), "#e6e6e6"]
 
 
 def look(subject: str) -> Look:
@@ -64,6 +76,7 @@ def look(subject: str) -> Look:
     return LOOKS.get(subject.partition(",")[0], Look("#999999", "h"))
 
 
+@_styled
 def speed(record: SimpleNamespace) -> Figure | None:
     """Elements updated per second by size of the model, a panel for each main optimizer."""
     panels = _by_optimizer(record)
@@ -93,6 +106,7 @@ def speed(record: SimpleNamespace) -> Figure | None:
     return figure
 
 
+@_styled
 def limit_shares(record: SimpleNamespace) -> Figure | None:
     """Share of the memory limit that torch's best and ours reach."""
     panels = _by_optimizer(record)
@@ -116,6 +130,7 @@ def limit_shares(record: SimpleNamespace) -> Figure | None:
     return figure
 
 
+@_styled
 def host_costs(record: SimpleNamespace) -> Figure | None:
     """Microseconds of a step on tensors of one element."""
     if not record.host_costs:
@@ -143,6 +158,7 @@ def host_costs(record: SimpleNamespace) -> Figure | None:
     return figure
 
 
+@_styled
 def breakdown(record: SimpleNamespace) -> Figure | None:
     """The parts of a step, stacked."""
     if not record.breakdowns:
@@ -175,9 +191,10 @@ def largest_parts(breakdowns: Sequence[SimpleNamespace]) -> list[str]:
 
 def microseconds_of(breakdown: SimpleNamespace, function: str) -> float:
     """What a function takes of a step."""
-    return sum(part.microseconds for part in breakdown.parts if part.function == function)
+    return float(sum(part.microseconds for part in breakdown.parts if part.function == function))
 
 
+@_styled
 def scaling(record: SimpleNamespace) -> Figure | None:
     """Times by number of threads, as multiples of the time on one."""
     if not record.scaling:
@@ -203,6 +220,7 @@ def scaling(record: SimpleNamespace) -> Figure | None:
     return figure
 
 
+@_styled
 def busy(record: SimpleNamespace) -> Figure | None:
     """Times beside a busy core and without one."""
     if not record.busy:
@@ -219,40 +237,38 @@ def busy(record: SimpleNamespace) -> Figure | None:
     return figure
 
 
-def overview(record: SimpleNamespace) -> Figure:
+@_styled
+def overview(record: SimpleNamespace) -> Figure | None:
     """The picture of the README: how many times as fast as torch's fused step ours is."""
     panels = _by_optimizer(record)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
-        axis = figure.subplots()
-        width = 0.8 / max(1, len(panels))
-        colours = ("#123a7a", "#7fb0d8")
-        for index, (optimizer, results) in enumerate(panels.items()):
-            own = {t.case: t for t in ((SimpleNamespace(case=r.case, spread=_ours(r).ratio)) for r in results)}
-            titles = [r.title for r in next(iter(panels.values()))]
-            cases = [r.case for r in next(iter(panels.values()))]
-            for place, case in enumerate(cases):
-                if case in own:
-                    spread = own[case].spread
-                    y = place + (index - (len(panels) - 1) / 2) * width
-                    axis.barh(
-                        y,
-                        spread.median,
-                        width,
-                        xerr=[[spread.median - spread.lower_quartile], [spread.upper_quartile - spread.median]],
-                        color=colours[index % 2],
-                        ecolor="black",
-                        error_kw={"linewidth": 0.8},
-                        label=optimizer if place == 0 else None,
-                    )
-                    axis.annotate(f" {spread.median:.3g}", (spread.upper_quartile, y), va="center", fontsize=8)
-            axis.set_yticks(range(len(titles)), titles)
-        axis.axvline(1, color="black", linewidth=1)
-        axis.invert_yaxis()
-        axis.grid(visible=False, axis="y")
-        axis.set_xlabel("time of torch's fused step / time of ours: above 1 fusedopt is faster; with quartiles")
-        axis.set_title(f"Whole optimizer steps, float32, {record.machine.threads} threads of {record.machine.cpu}")
-        axis.legend(loc="lower right")
+    if not panels:
+        return None
+    figure, (axis,) = _figure(1, 1, 1.4 + 0.36 * max(map(len, panels.values())))
+    results = max(panels.values(), key=len)
+    width = 0.8 / len(panels)
+    for index, (optimizer, own) in enumerate(panels.items()):
+        ratios = {result.case: ours.ratio for result in own if (ours := _ours(result))}
+        present = [(place, ratios[result.case]) for place, result in enumerate(results) if result.case in ratios]
+        places = [place + (index - (len(panels) - 1) / 2) * width for place, _ in present]
+        errors = [
+            [spread.median - spread.lower_quartile for _, spread in present],
+            [spread.upper_quartile - spread.median for _, spread in present],
+        ]
+        lengths = [spread.median - 1 for _, spread in present]  # bars begin at equality
+        axis.barh(
+            places, lengths, width, left=1, xerr=errors, error_kw={"linewidth": 0.8}, **_OVERVIEW_LOOKS[index], label=optimizer
+        )
+        for y, (_, spread) in zip(places, present, strict=True):
+            axis.annotate(f" {spread.median:.3g}", (max(1, spread.upper_quartile), y), va="center", fontsize=8)
+    axis.set_yticks(range(len(results)), [result.title for result in results])
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+    axis.set_xlabel("time of torch's fused step / time of ours, with quartiles: right of 1 fusedopt is faster")
+    axis.set_title(f"Whole optimizer steps in float32 on {record.machine.threads} threads of {record.machine.cpu}")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -286,10 +302,8 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def _figure(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(axes.flat)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _by_optimizer(record: SimpleNamespace) -> dict[str, list[SimpleNamespace]]:
@@ -342,12 +356,18 @@ def _grouped_bars(
             [scale * (spread.upper_quartile - spread.median) for _, spread in present],
         ]
         style = look(subject)
-        looks = {"color": style.colour, "hatch": style.hatch, "edgecolor": "black", "linewidth": 0.5, "label": subject}
-        error_looks = {"error_kw": {"linewidth": 0.8}}
+        looks: dict[str, Any] = {
+            "color": style.colour,
+            "hatch": style.hatch,
+            "edgecolor": "black",
+            "linewidth": 0.5,
+            "label": subject,
+            "error_kw": {"linewidth": 0.8},
+        }
         if horizontal:
-            axis.barh(places, medians, width, xerr=errors, **looks, **error_looks)
+            axis.barh(places, medians, width, xerr=errors, **looks)
         else:
-            axis.bar(places, medians, width, yerr=errors, capsize=2, **looks, **error_looks)
+            axis.bar(places, medians, width, yerr=errors, capsize=2, **looks)
     titles = [title for title, _ in groups]
     if horizontal:
         axis.set_yticks(range(len(titles)), titles)

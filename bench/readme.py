@@ -62,7 +62,10 @@ def update(checkout: Path, record: SimpleNamespace, report: str) -> None:
     link = f"[bench/results/{report}](bench/results/{report})"
     picture = f"![How many times as fast as torch's fused step](docs/benchmark.png)\n\n*All cases, and more: {link}.*"
     text = replace_between(text, PICTURE, picture)
-    save_png(overview(record), checkout / "docs" / "benchmark.png")
+    figure = overview(record)
+    if figure is None or not results:
+        raise ValueError(f"{report}: expected results of {' and '.join(MAIN_OPTIMIZERS)} on the CPU, found none")
+    save_png(figure, checkout / "docs" / "benchmark.png")
     readme.write_text(text, encoding="utf-8")
 
 

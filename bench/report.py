@@ -10,8 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from . import plots
-from .measure import ALLOWED_ULPS, CHECKED_STEPS, LEAST_ROUNDS, MOST_ROUNDS, TURN_SECONDS
+from .measure import CHECKED_STEPS, LEAST_ROUNDS, MOST_ROUNDS, TURN_SECONDS
 from .run import MAIN_OPTIMIZERS, MANY_ELEMENTS
+from .subjects import ALLOWED_ULPS, ALLOWED_ULPS_OF_OTHERS
 
 #: Other programs kept a third of a core or more in the minute before.
 BUSY_LOAD = 0.3
@@ -123,7 +124,8 @@ def _summary(record: SimpleNamespace) -> Section:
         if ratios:
             (least, slow), (most, fast) = min(ratios), max(ratios)
             section.blocks.append(
-                f"**{name}**, whole steps against torch's fused implementation: between {least:.2f} ({slow}) and {most:.2f} "
+                f"**{name}**, whole steps against torch's fused implementation: between {_number(least)} ({slow}) and "
+                f"{_number(most)} "
                 f"({fast}) times as fast."
             )
     noise = sorted(_noise(t.ratio) for r in _on_cpu(record, None) if (t := _timing(r, "fusedopt")) and t.ratio)
@@ -380,19 +382,22 @@ def _gpu(record: SimpleNamespace) -> Section:
 
 
 def _subjects(record: SimpleNamespace) -> Section:
-    measured = {timing.subject for result in record.results for timing in result.timings if timing.milliseconds}
-    failed = {timing.subject: timing.wrong for result in record.results for timing in result.timings if timing.wrong}
     rows = []
     for subject in record.subjects:
-        said = subject.obstacle or ("wrong" if subject.name in failed else "measured" if subject.name in measured else "not chosen")
-        rows.append([subject.name, f"{said}: {failed[subject.name]}" if said == "wrong" else said])
-    return Section("Who took part", [Table(["implementation", "here"], rows, frozenset({0, 1}))])
+        own = [t for result in record.results for t in result.timings if t.subject == subject.name]
+        wrong = next((timing.wrong for timing in own if timing.wrong), None)
+        errors = [timing.error_ulps for timing in own if timing.error_ulps is not None]
+        said = subject.obstacle or (f"wrong, so not timed: {wrong}" if wrong else "measured" if own else "not chosen")
+        rows.append([subject.name, said, f"{max(errors):.2g}" if errors else ""])
+    return Section("Who took part", [Table(["implementation", "here", "largest error, ulps"], rows, frozenset({0, 1}))])
 
 
 def _method(record: SimpleNamespace) -> Section:
     items = [
         f"**Right first.** Each subject takes {CHECKED_STEPS} steps with new gradients. If any element of any parameter is more "
-        f"than {ALLOWED_ULPS:g} ulps from torch's for-loop in float64, or NaN, the subject is reported wrong, and not timed.",
+        f"than {ALLOWED_ULPS:g} ulps from torch's for-loop in float64, or NaN, the subject is reported wrong, and not timed. For "
+        f"other packages, some of which compute bias corrections in float32, the bound is {ALLOWED_ULPS_OF_OTHERS:g} ulps: a step "
+        "without its decay is beyond it.",
         f"**Interleaved.** In each of {LEAST_ROUNDS} to {MOST_ROUNDS} rounds everyone has a turn of {1e3 * TURN_SECONDS:.0f} ms "
         "(one step at least), in alternating order; far slower subjects take part in the first rounds alone. A turn counts as its "
         "mean, a subject as the median of its turns; ratios are taken round by round. Times are of whole steps as a user calls "
@@ -453,7 +458,8 @@ def as_html(title: str, sections: Sequence[Section], record: SimpleNamespace) ->
 
 def _html_table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
-        made = [f"<{tag}{' class=left' if i in table.left else ''}>{_inline(cell)}</{tag}>" for i, cell in enumerate(cells)]
+        kinds = [(" class=text" if len(cell) > 40 else " class=left") if i in table.left else "" for i, cell in enumerate(cells)]
+        made = [f"<{tag}{kind}>{_inline(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)]
         return f"<tr>{''.join(made)}</tr>"
 
     rows = "\n".join(row(cells, "td") for cells in table.rows)
@@ -486,8 +492,8 @@ table {{ border-collapse: collapse; font-size: .84rem; font-variant-numeric: tab
 th, td {{ padding: .25rem .6rem; text-align: right; }}
 td {{ border-top: 1px solid #e3e3e3; white-space: nowrap; }}
 th {{ vertical-align: bottom; border-bottom: 2px solid #123a7a; font-weight: 600; }}
-.left {{ text-align: left; }}
-td.left {{ white-space: normal; }}
+.left, .text {{ text-align: left; }}
+td.text {{ white-space: normal; }}
 tbody tr:nth-child(even) {{ background: #f7f9fb; }}
 figure {{ margin: 1.4rem 0; }}
 figure svg {{ width: 100%; height: auto; }}

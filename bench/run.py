@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,29 +96,30 @@ def tasks(extent: Extent, choice: Choice) -> list[Task]:
                 found += _contest(optimizer, case, subjects, extent.seconds, choice)
         if main and _wants("bfloat16", choice):
             for case in _chosen(extent.bfloat16_cases, choice):
-                found.append((f"{optimizer.name}, {case.title}, bfloat16", "bfloat16", _bfloat16(optimizer, case, extent.seconds)))
-    adamw = OPTIMIZERS["AdamW"]
+                work = partial(_bfloat16, optimizer, case, extent.seconds)
+                found.append((f"{optimizer.name}, {case.title}, bfloat16", "bfloat16", work))
+    adamw, seconds = OPTIMIZERS["AdamW"], extent.seconds / 2
     if _wants("costs", choice):
-        found.append(("cost of a step by tensors", "host_costs", lambda: costs.host_costs(adamw, extent.seconds / 2)))
+        found.append(("cost of a step by tensors", "host_costs", partial(costs.host_costs, adamw, seconds)))
         for case, moved in ((SYNTHETIC[3], True), (Case.equal(1000, 1), True), (Case.equal(1000, 1), False)):
-            name = f"parts of a step, {case.title}"
-            found.append((name, "breakdowns", lambda c=case, m=moved: [costs.breakdown(adamw, c, m, extent.seconds / 2)]))
-        found.append(("start of threads", "thread_starts", lambda: costs.thread_starts(adamw, extent.seconds / 2)))
+            found.append((f"parts of a step, {case.title}", "breakdowns", _one(costs.breakdown, adamw, case, moved, seconds)))
+        found.append(("start of threads", "thread_starts", partial(costs.thread_starts, adamw, seconds)))
         for name in MAIN_OPTIMIZERS:
             for case in (SYNTHETIC[3], CASES["resnet50"], CASES["gpt2-small"]):
-                found.append(("launches", "launches", lambda o=OPTIMIZERS[name], c=case: [costs.launches(o, c)]))
-    surrounded = _chosen(extent.surrounded_cases, choice)
-    if _wants("threads", choice):
-        for case in surrounded:
-            found.append((f"threads, {case.title}", "scaling", lambda c=case: surroundings.scaling(adamw, [c], extent.seconds / 2)))
-    if _wants("busy", choice):
-        for case in surrounded:
-            measure_busy = lambda c=case: surroundings.beside_a_busy_core(adamw, [c], extent.seconds / 2)  # noqa: E731
-            found.append((f"beside a busy core, {case.title}", "busy", measure_busy))
+                found.append((f"launches, {case.title}", "launches", _one(costs.launches, OPTIMIZERS[name], case)))
+    for case in _chosen(extent.surrounded_cases, choice):
+        if _wants("threads", choice):
+            found.append((f"threads, {case.title}", "scaling", partial(surroundings.scaling, adamw, [case], seconds)))
+        if _wants("busy", choice):
+            beside = partial(surroundings.beside_a_busy_core, adamw, [case], seconds)
+            found.append((f"beside a busy core, {case.title}", "busy", beside))
     if _wants("first-step", choice):
-        for name in extent.first_steps:
-            found.append((f"first step, {name}", "first_steps", lambda n=name: [measure_first_step(n)]))
+        found += [(f"first step, {name}", "first_steps", _one(measure_first_step, name)) for name in extent.first_steps]
     return found
+
+
+def _one(work: Callable[..., Any], *arguments: Any) -> Callable[[], Sequence[Any]]:
+    return lambda: [work(*arguments)]
 
 
 def _wants(part: str, choice: Choice) -> bool:
@@ -146,11 +148,11 @@ def _contest(optimizer: Optimizer, case: Case, subjects: Sequence[Subject], seco
     if not taking_part or not _wants("steps", choice):
         return []
     where = "" if subjects[0].device == "cpu" else ", GPU"
-    return [(f"{optimizer.name}, {case.title}{where}", "results", lambda: [measure(optimizer, case, taking_part, seconds)])]
+    return [(f"{optimizer.name}, {case.title}{where}", "results", _one(measure, optimizer, case, taking_part, seconds))]
 
 
-def _bfloat16(optimizer: Optimizer, case: Case, seconds: float) -> Callable[[], Sequence[Any]]:
-    return lambda: [measure(optimizer, case, [FUSED_FLOAT32, OURS_BFLOAT16], seconds, baseline_names=[FUSED_FLOAT32.name])]
+def _bfloat16(optimizer: Optimizer, case: Case, seconds: float) -> Sequence[Any]:
+    return [measure(optimizer, case, [FUSED_FLOAT32, OURS_BFLOAT16], seconds, baseline_names=[FUSED_FLOAT32.name])]
 
 
 def run(extent: Extent, choice: Choice, command: str, begin: Callable[[str, int, int], None]) -> dict[str, Any]:

@@ -72,13 +72,5 @@ def _measure(optimizer: Optimizer, case: Case, threads: int, busy: bool, seconds
         limit = roofline.CpuLimit(case.elements, entrants[OURS.name].itemsizes(), threads)
         turns = {LIMIT: limit.take, **{name: entrant.take for name, entrant in entrants.items()}}
         times = interleaved(turns, turns, seconds)
-    spreads = [Spread.of([1e3 * t for t in times[name]]) for name in (FUSED.name, OURS.name)]
-    return Surrounded(
-        case.name,
-        case.title,
-        threads,
-        busy,
-        *spreads,
-        ratio(times[FUSED.name], times[OURS.name]),
-        Spread.of([1e3 * t for t in times[LIMIT]]),
-    )
+    fused, ours, alone = (Spread.of([1e3 * t for t in times[name]]) for name in (FUSED.name, OURS.name, LIMIT))
+    return Surrounded(case.name, case.title, threads, busy, fused, ours, ratio(times[FUSED.name], times[OURS.name]), alone)
