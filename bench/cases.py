@@ -87,10 +87,11 @@ def short(number: int) -> str:
 
 
 def available_bytes() -> int:
-    """Memory that is free, or can be made so."""
+    """Memory that is free, or can be made so, on the host and on the GPU."""
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8")) if meminfo.exists() else None
-    return int(found[1]) * 1024 if found else 8 * 2**30
+    on_host = int(found[1]) * 1024 if found else 8 * 2**30
+    return min(on_host, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else on_host
 
 
 def llama_stack(available: int) -> Case:

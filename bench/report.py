@@ -358,10 +358,9 @@ def _gpu(record: SimpleNamespace) -> Section:
         section.blocks.append("The same cases on both. Steps on the GPU follow each other without the host waiting for each.")
         section.blocks.append(Table(heading, rows, frozenset({0, 1})))
     elif not record.machine.gpu:
-        section.blocks.append(
-            "**torch found no GPU on this machine, so no time on one was measured, and none stands here.** Known without one:"
-        )
+        section.blocks.append("**torch found no GPU on this machine, so no time on one was measured, and none stands here.**")
     if record.launches:
+        section.blocks.append("Known without a GPU, as it does not depend on one:")
         heading = ["optimizer", "case", "tensors", "bytes an element", "our launches", "torch fused", "torch lists", "torch loop"]
         rows = [
             [

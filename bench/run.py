@@ -31,7 +31,7 @@ class Extent:
     """How much is measured.
 
     Args:
-        seconds: for each contest, about, with the same gradients and with moved ones.
+        seconds: for each contest, about, with the same gradients and with moved ones; half of it for the other optimizers.
         cases: of the main optimizers.
         other_cases: of the other optimizers.
         bfloat16_cases: with parameters in bfloat16.
@@ -93,7 +93,7 @@ def tasks(extent: Extent, choice: Choice) -> list[Task]:
         main = optimizer.name in MAIN_OPTIMIZERS
         for case in _chosen(extent.cases if main else extent.other_cases, choice):
             for subjects in (ON_CPU, ON_GPU):
-                found += _contest(optimizer, case, subjects, extent.seconds, choice)
+                found += _contest(optimizer, case, subjects, extent.seconds / (1 if main else 2), choice)
         if main and _wants("bfloat16", choice):
             for case in _chosen(extent.bfloat16_cases, choice):
                 work = partial(_bfloat16, optimizer, case, extent.seconds)

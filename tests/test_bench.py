@@ -274,6 +274,9 @@ def test_thread_counts_are_put_back():
     with costs.threads_set(3):
         found = surroundings.scaling(ADAMW, [TINY], 0.0)
         assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), costs.threads_set(2):
+            _ = 1 / 0
+        assert torch.get_num_threads() == 3
     assert [each.threads for each in found] == [1, 2, 3]
 
 
