@@ -29,7 +29,7 @@ PAUSE_SECONDS = 0.02
 
 #: What functions without a docstring do, by the end of their names.
 PURPOSES = {
-    "FusedOptimizer._step.<listcomp>": "List all parameters, and their gradients",
+    "FusedOptimizer._step.<listcomp>": "List all parameters",
     "tensor_objects.unchanged": "Check at once that no tensor has changed in kind or place, and read the addresses of gradients",
     "tensor_objects.count_versions": "Tell autograd that parameters and states are written",
 }

@@ -257,7 +257,7 @@ def test_parts_of_a_step_add_up_to_it():
     found = costs.breakdown(ADAMW, Case.equal(10, 1), True, 0.05)
     assert sum(part.microseconds for part in found.parts) == pytest.approx(found.profiled_microseconds)
     names = {part.function: part.purpose for part in found.parts}
-    assert names["fusedopt.kernels.plan.Plan.gradients"].startswith("Return the gradients by bucket")
+    assert names["fusedopt.kernels.plan.Plan.launches"].startswith("Return all that a step needs")
     assert not any("move_gradients" in name for name in names), "what is outside of the step was profiled"
     assert not any("/" in name for name in names)
 
