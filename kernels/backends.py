@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,31 +116,17 @@ def decides_on_device(parameter: Tensor) -> bool:
 
 def prepare(backend: str, kind: Kind) -> None:
     """Compile what ``backend`` needs for buckets of ``kind``, or load it from the cache."""
-    if backend == "numba":
-        from fusedopt.kernels import cpu
-
-        cpu.prepare(kind)
-    elif backend == "triton":
-        from fusedopt.kernels import gpu
-
-        gpu.prepare(kind)
+    if backend in BY_ADDRESS:
+        _module(backend).prepare(kind)
 
 
 def run(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket`` in place by its backend."""
-    _run(bucket.backend)(bucket, launch)
+    _module(bucket.backend).run(bucket, launch)
 
 
 @functools.cache
-def _run(backend: str) -> Callable[[Bucket, Launch], None]:
-    if backend == "numba":
-        from fusedopt.kernels import cpu
-
-        return cpu.run
-    if backend == "triton":
-        from fusedopt.kernels import gpu
-
-        return gpu.run
-    from fusedopt.kernels import reference
-
-    return reference.run_on_arrays if backend == "numpy" else reference.run_on_tensors
+def _module(backend: str) -> types.ModuleType:
+    # An import statement in each step would take a microsecond of it.
+    name = {"numba": "cpu", "triton": "gpu"}.get(backend, "reference")
+    return importlib.import_module(f"fusedopt.kernels.{name}")

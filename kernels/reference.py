@@ -42,6 +42,11 @@ def _as_stored(value: Tensor, like: Tensor) -> Tensor:
     return torch.view_as_complex(value.contiguous()).to(like.dtype) if like.is_complex() else value.to(like.dtype)
 
 
+def run(bucket: Bucket, launch: Launch) -> None:
+    """Update the active tensors of ``bucket`` by the backend "numpy" or "tensor"."""
+    (run_on_arrays if bucket.backend == "numpy" else run_on_tensors)(bucket, launch)
+
+
 def run_on_arrays(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket``, on a CPU, by NumPy."""
     import numpy
