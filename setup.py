@@ -49,6 +49,7 @@ setup(
     license_files=["LICENSE"],
     # fusedopt/kernels is a symbolic link to kernels/: `package_dir` instead would break runs from a checkout.
     packages=find_packages(include=["fusedopt", "fusedopt.*"]),
+    package_data={"fusedopt.kernels.ptx": ["*.c"]},
     python_requires=f">={OLDEST_PYTHON}",
     install_requires=[f"torch>={OLDEST_TORCH}", "numba", "numpy"],
     extras_require={

@@ -14,6 +14,8 @@ from torch.utils._device import _device_constructors
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest_plugins = ["compiled_process"]
+
 # torch keeps the functions that make tensors at its first use of a device context: these, and not what a test puts there.
 _device_constructors()
 

@@ -19,7 +19,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (*ROOT.glob("fusedopt/**/*.py"), *ROOT.glob("fusedopt/kernels/*.py"), ROOT / "fusedopt" / "py.typed")
+    for path in (
+        *ROOT.glob("fusedopt/**/*.py"),
+        *(file for pattern in ("*.py", "ptx/*.py", "ptx/*.c") for file in ROOT.glob(f"fusedopt/kernels/{pattern}")),
+        ROOT / "fusedopt" / "py.typed",
+    )
 )
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "clang++")
 

@@ -1,0 +1,58 @@
+"""Whole optimizer steps on CPU tensors, by the PTX of their kernels.
+
+.. code-block:: python
+
+    with ptx.steps.executing("sm_90") as session:
+        optimizer.step()
+    print(session.counts("run").bytes_loaded)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from fusedopt.kernels import backends, gpu
+from fusedopt.kernels.ptx.driver import Session, driver, memory
+from fusedopt.kernels.ptx.execute import Settings
+from fusedopt.kernels.tables import Bucket, Launch
+
+
+@contextlib.contextmanager
+def executing(target: str = "sm_90", settings: Settings | None = None) -> Iterator[Session]:
+    """Have all parameters updated by the Triton backend, its kernels executed for ``target``.
+
+    A kernel may access the tensors that the optimizer means it to, which are announced by the tensors themselves: an address in
+    a table that leads elsewhere is out of bounds.
+
+    Args:
+        target: as for :func:`fusedopt.kernels.ptx.driver.driver`.
+        settings: how to execute.
+    """
+    with driver(target, settings) as session, backends.use("triton"), _announcing():
+        yield session
+
+
+@contextlib.contextmanager
+def _announcing() -> Iterator[None]:
+    run, stand_in = gpu.run, Bucket.stand_in
+    copies: list[Tensor] = []
+
+    def noted_stand_in(bucket: Bucket, launch: Launch) -> Sequence[tuple[Tensor, Tensor, int, int]]:
+        pairs = stand_in(bucket, launch)
+        copies[:] = [copy for _, copy, _, _ in pairs]
+        return pairs
+
+    def announced_run(bucket: Bucket, launch: Launch) -> None:
+        gradients = [gradient for gradient in launch.gradients if gradient is not None]
+        with memory(*bucket.written, *gradients, *copies):
+            run(bucket, launch)
+        copies.clear()
+
+    gpu.run, Bucket.stand_in = announced_run, noted_stand_in  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        gpu.run, Bucket.stand_in = run, stand_in  # type: ignore[method-assign]
