@@ -24,8 +24,8 @@ from fusedopt.kernels.tables import Bucket, Launch
 def executing(target: str = "sm_90", settings: Settings | None = None) -> Iterator[Session]:
     """Have all parameters updated by the Triton backend, its kernels executed for ``target``.
 
-    A kernel may access the tensors that the optimizer means it to, which are announced by the tensors themselves: an address in
-    a table that leads elsewhere is out of bounds.
+    A kernel may access the tensors that take part in a step, announced by the tensors themselves: an address in a table that
+    leads elsewhere, or to a parameter without a gradient, is out of bounds.
 
     Args:
         target: as for :func:`fusedopt.kernels.ptx.driver.driver`.
@@ -46,8 +46,9 @@ def _announcing() -> Iterator[None]:
         return pairs
 
     def announced_run(bucket: Bucket, launch: Launch) -> None:
-        gradients = [gradient for gradient in launch.gradients if gradient is not None]
-        with memory(*bucket.written, *gradients, *copies):
+        columns = (bucket.parameters, launch.gradients, *bucket.states)
+        active = [tensor for column in columns for tensor, takes_part in zip(column, launch.active, strict=True) if takes_part]
+        with memory(*(tensor for tensor in active if tensor is not None), *copies):
             run(bucket, launch)
         copies.clear()
 
