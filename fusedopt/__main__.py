@@ -1,4 +1,4 @@
-"""`python -m fusedopt`: the commands `info` and `demo`."""
+"""`python -m fusedopt`: the commands `info`, `demo` and `check`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("info", help="print versions, backends, devices, what is missing, and how to get it")
     commands.add_parser("demo", add_help=False, help="train a network with torch.optim and with fusedopt, and compare")
+    commands.add_parser("check", add_help=False, help="compile and execute the rules of a file of yours for GPUs that are not here")
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "demo":
         from fusedopt import demo
 
         return demo.main(rest)
+    if chosen.command == "check":
+        from fusedopt import check
+
+        return check.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from fusedopt import info
