@@ -27,13 +27,14 @@ CHOICES := $(PYTHON) $(TORCH) $(TRITON)
 # For bench-compare: the revision to compare with.
 BASE ?=
 
-.PHONY: help demo test test-newest-triton lint bench bench-readme bench-compare docs info clean always
+.PHONY: help demo test test-newest-triton gpu-proof lint bench bench-readme bench-compare docs info clean always
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo                 train a real network with torch.optim and with fusedopt, and compare'
 	@echo 'make test                 run all tests'
 	@echo 'make test-newest-triton   run the tests of the Triton kernels with $(NEWEST_TRITON)'
+	@echo 'make gpu-proof            execute and measure all compiled GPU kernels, without a GPU, and write docs/gpu_proof.md'
 	@echo 'make lint                 check format, style and types'
 	@echo 'make bench                measure optimizers against torch.optim, and write a report'
 	@echo 'make bench-readme         put the newest whole report of bench/results into README.md'
@@ -58,6 +59,11 @@ test: $(VENV)/test
 
 test-newest-triton: $(VENV)/newest-triton
 	@PYTHONPATH=$(VENV)/newest-triton-packages $(RUN) -m pytest -m triton $(ARGS)
+
+# Not in Triton's interpreter, which compiles nothing.
+gpu-proof: $(VENV)/test
+	@TRITON_INTERPRET=0 $(RUN) -m pytest -m compiled --gpu-proof $(ARGS)
+	@TRITON_INTERPRET=0 $(RUN) docs/gpu_proof.py
 
 lint: $(VENV)/lint
 	@$(RUN) -m ruff format --check --quiet

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -79,16 +80,18 @@ def _reports(item: pytest.Item) -> list[pytest.TestReport]:
 
 
 def _run(names: list[str], config: pytest.Config) -> dict[str, list[pytest.TestReport]]:
-    folder = config._tmp_path_factory.mktemp("compiled")  # type: ignore[attr-defined]
-    reports, arguments = folder / "reports", folder / "arguments"
-    reports.touch()
-    arguments.write_text("\n".join(names))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", OPTION, f"@{arguments}"]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", REPORTS: str(reports)}
-    done = subprocess.run(command, cwd=config.rootpath, env=environment, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        reports = Path(folder) / "reports"
+        reports.touch()
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", OPTION, *names]
+        environment = {**os.environ, "TRITON_INTERPRET": "0", REPORTS: str(reports)}
+        done = subprocess.run(command, cwd=config.rootpath, env=environment, capture_output=True, text=True)
+        lines = reports.read_text(encoding="utf-8").splitlines()
     config.stash[_OUTPUT] = done.stdout[-4000:] + done.stderr[-4000:]
     found: dict[str, list[pytest.TestReport]] = {}
-    for line in reports.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+        if isinstance(report.longrepr, list):  # of a skip, which JSON knows no tuple for
+            report.longrepr = tuple(report.longrepr)
         found.setdefault(report.nodeid, []).append(report)
     return found

@@ -13,10 +13,14 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 import ptx_kernels
 from fusedopt.kernels.ptx.driver import driver, memory
-from fusedopt.kernels.ptx.execute import Kernel, PtxError, Settings
+from fusedopt.kernels.ptx.execute import Kernel, PtxError, Settings, obstacle
 from fusedopt.kernels.ptx.parse import UnknownInstructionError
 
-pytestmark = [pytest.mark.triton, pytest.mark.compiled]
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.compiled,
+    pytest.mark.skipif(obstacle() is not None, reason=str(obstacle())),
+]
 
 #: The others compile to the same instructions, but for packed arithmetic from sm_90 and sm_100 on.
 TARGETS = ["sm_90", *(pytest.param(target, marks=pytest.mark.proof) for target in ("sm_75", "sm_80", "sm_100", "sm_120"))]
@@ -377,6 +381,13 @@ def test_approximate_instructions_err_within_their_bounds(errors):
     off = target[4].view(torch.int32) - torch.from_numpy(np.float32(3) / exact).view(torch.int32)
     assert off.abs().max() == 2
     assert {"up": (off > 0).all(), "down": (off < 0).all(), "random": (off == 0).any()}[errors]
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CC", "no-compiler-of-this-name")
+    assert "install gcc, or set CC" in str(obstacle())
+    with pytest.raises(RuntimeError, match="install gcc, or set CC"):
+        Kernel(PTX.format(rows="mov.b64 %rd0, 1;"))
 
 
 def test_interpreter_is_refused(monkeypatch):

@@ -28,8 +28,8 @@ Errors = Literal["none", "random", "up", "down"]
 _ORDERS: tuple[Order, ...] = ("forward", "reversed", "shuffled")
 _ERRORS: tuple[Errors, ...] = ("none", "random", "up", "down")
 
-# No contraction, no vector units that round otherwise, no errno: the code does what the PTX says.
-_FLAGS = ("-O1", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-shared", "-w")
+# No contraction: the code does what the PTX says. With -Og a kernel compiles in 0.2 seconds where -O1 takes 0.5.
+_FLAGS = ("-Og", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-shared", "-w")
 
 _FAULTS = {
     1: "out of bounds",

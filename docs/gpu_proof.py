@@ -1,0 +1,240 @@
+"""What `make gpu-proof` writes down: the costs of all kernels, compiled for GPUs that are not here, beside their limits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+import fusedopt
+from fusedopt.kernels import rules
+from fusedopt.kernels.formats import FORMATS
+from fusedopt.kernels.ptx import offline, steps, table
+from fusedopt.kernels.ptx.driver import TARGETS
+from fusedopt.kernels.ptx.execute import Settings
+from fusedopt.kernels.rule import Rule, Update
+from fusedopt.kernels.rules import decoupled_decay
+from fusedopt.kernels.tables import Kind
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import test_gpu_mutations
+
+RULES = {name: rule for name, rule in vars(rules).items() if isinstance(rule, Rule)}
+#: Types of the parameter and its gradient, and of the states.
+STORED = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "bfloat16, float32 states": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, torch.float16),
+    "float64": (torch.float64, torch.float64),
+}
+#: What is shown for itself.
+SHOWN = {"gradient_descent": "SGD", "momentum": "SGD with momentum", "adam": "AdamW", "amsgrad": "AdamW with AMSGrad"}
+NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
+SHORT = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Excess:
+    """A limit that is exceeded, and why.
+
+    Args:
+        message: a part of how it is reported.
+        stored: the formats.
+        targets: the GPUs.
+        rules: by name.
+        reason: why, and what would help.
+    """
+
+    message: str
+    stored: tuple[str, ...]
+    targets: tuple[str, ...]
+    rules: tuple[str, ...]
+    reason: str
+
+    def covers(self, name: str, stored: str, target: str, message: str) -> bool:
+        """Whether ``message`` about a kernel is this excess."""
+        return self.message in message and stored in self.stored and target in self.targets and name in self.rules
+
+
+EXCEEDED = (
+    Excess(
+        "registers, more than",
+        ("float64",),
+        tuple(TARGETS),
+        tuple(RULES),
+        "each of a thread's 8 elements takes two registers in every array; 2 elements a thread would take at most 56 on sm_90",
+    ),
+    Excess(
+        "registers, more than",
+        ("float32", "bfloat16, float32 states", *SHORT),
+        NVIDIA,
+        ("amsgrad", "adadelta", "centered_rmsprop_momentum"),
+        "8 elements of four or five arrays, with what two divisions or roots keep; 4 elements a thread would take 48 on sm_90",
+    ),
+    Excess(
+        "too few",
+        SHORT,
+        ("gfx90a", "gfx942"),
+        tuple(RULES),
+        "256 threads share 1024 elements, and 4 of 2 bytes each are 64 bits; two warps instead of four would make them 128",
+    ),
+    # It has no states, and so is of one format with the above.
+    Excess("too few", ("bfloat16, float32 states",), ("gfx90a", "gfx942"), ("gradient_descent",), "as above"),
+)
+
+
+def excess_of(name: str, stored: str, target: str, message: str) -> Excess | None:
+    """Return the excess that a kernel's ``message`` is, or None where it is not known."""
+    return next((excess for excess in EXCEEDED if excess.covers(name, stored, target, message)), None)
+
+
+PAGE = Path(__file__).with_name("gpu_proof.md")
+
+TEXT = """\
+# Proof without a GPU
+
+This page is written by `make gpu-proof`, which compiles every rule in every format for {targets} by Triton {triton}, reads the
+machine code, and executes the PTX of whole optimizer steps, instruction by instruction, on a CPU. **None of it was run on a
+GPU**: that a kernel is right has been seen of its PTX and not of what `ptxas` makes of it, and times are not known.
+
+## What is executed
+
+`tests/test_gpu_executed.py` runs the sm_90 PTX of every optimizer, dtype and option through the public interface: the
+parameters, the tables of addresses, the coefficients, and the kernel that computes coefficients on the device. The results equal
+those of the Numba kernels bit for bit; each access is checked for bounds, alignment and races; programs and threads in reversed
+and in shuffled order give the same bits. An AdamW step in float32 moves {bytes:.3f} bytes a parameter: {ideal:.0f} for the
+parameter, its gradient and its two moments, and {overhead:.2f} % more for tables.
+
+`tests/test_gpu_mutations.py` plants {faults} faults, one at a time, in the kernels' text and in what the host hands them: masks and
+blocks that are off by one, alignment that is promised and not there, offsets of 32 bits, stale addresses, plain divisions, rows
+and signs that are mistaken. Each is caught by executing, or by the limits below.
+
+## Limits
+
+Kernels of aligned buckets: no register spilled, no shared memory, at most {registers} registers a thread ({rdna} on gfx1100,
+which has three times as many), the widest array in 128-bit accesses, no instruction on float64 numbers but for float64
+parameters, no division and no root that is not correctly rounded.
+
+{violations}
+
+## Some kernels
+
+Instructions are those of the machine code, of full and ragged blocks together, for each element that a thread updates; occupancy
+is the part of a multiprocessor's threads that registers leave room for.
+
+{shown}
+
+## The worst of all rules
+
+{worst}
+"""
+
+
+def kind(rule: Rule, stored: str) -> Kind:
+    """Return what a kernel of ``rule`` behind decoupled weight decay is compiled for."""
+    given, states = STORED[stored]
+    update = Update(rule, decoupled_decay)
+    return Kind(update, (FORMATS[given],) * 2 + (FORMATS[states],) * len(update.states))
+
+
+def costs() -> Iterator[tuple[str, str, table.Cost, list[str]]]:
+    """Yield rule, format, cost and exceeded limits of every kernel."""
+    for name, rule in RULES.items():
+        for stored in STORED:
+            for target in TARGETS:
+                own = kind(rule, stored)
+                found = table.cost(offline.compile_update(own, target), target)
+                yield name, stored, found, table.violations(own, found)
+
+
+def bytes_of_adamw(size: int = 1_000_000) -> float:
+    """Return the bytes that an executed AdamW step in float32 loads and stores for each parameter."""
+    p = torch.nn.Parameter(torch.zeros(size))
+    p.grad = torch.ones(size)
+    optimizer = fusedopt.AdamW([p])
+    with steps.executing("sm_90", Settings(races=False)) as session:
+        optimizer.step()
+    counts = session.counts()
+    return (counts.bytes_loaded + counts.bytes_stored) / size
+
+
+def _rows(titles: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *rows])
+
+
+def page() -> str:
+    """Return the text of the page."""
+    found = list(costs())
+    exceeded: dict[Excess | None, list[tuple[str, str, str, str]]] = {}
+    for name, stored, cost, messages in found:
+        for message in messages:
+            excess = excess_of(name, stored, cost.target, message)
+            exceeded.setdefault(excess, []).append((name, stored, cost.target, message))
+    lines = [_described(excess, each) for excess, each in exceeded.items()]
+    moved = bytes_of_adamw()
+    titles = ["registers", "occupancy", "128-bit loads, stores", "instructions an element"]
+    return TEXT.format(
+        targets=", ".join(TARGETS),
+        triton=triton.__version__,
+        bytes=moved,
+        ideal=28,
+        faults=len(test_gpu_mutations.KERNEL) + len(test_gpu_mutations.HOST),
+        overhead=(moved / 28 - 1) * 100,
+        registers=table.MOST_REGISTERS["sm_90"],
+        rdna=table.MOST_REGISTERS["gfx1100"],
+        violations="\n".join(
+            [f"Of {len(found)} kernels these exceed one:", "", *lines] if lines else [f"All {len(found)} kernels keep them."]
+        ),
+        shown=_rows(
+            ["optimizer", "format", "target", *titles],
+            [
+                [
+                    SHOWN[name],
+                    stored,
+                    cost.target,
+                    str(cost.registers),
+                    f"{cost.occupancy:.0%}",
+                    f"{cost.loads.get(128, 0)}, {cost.stores.get(128, 0)}",
+                    f"{cost.instructions_per_element():.0f}",
+                ]
+                for name, stored, cost, _ in found
+                if name in SHOWN and stored in ("float32", "bfloat16")
+            ],
+        ),
+        worst=_rows(
+            ["format", "target", "registers", "lowest occupancy", "spilled", "shared", "float64", "approximate"],
+            [
+                _worst(stored, target, [c for _, s, c, _ in found if (s, c.target) == (stored, target)])
+                for stored in STORED
+                for target in TARGETS
+            ],
+        ),
+    )
+
+
+def _described(excess: Excess | None, each: list[tuple[str, str, str, str]]) -> str:
+    """Return a line about kernels that exceed one limit."""
+    names, stored, targets, messages = (list(dict.fromkeys(column)) for column in zip(*each, strict=True))
+    registers = sorted(int(message.split()[0]) for message in messages if "registers" in message)
+    what = f"{registers[0]} to {registers[-1]} registers" if registers else "; ".join(messages)
+    rules_named = "all rules" if len(names) == len(RULES) else ", ".join(f"`{name}`" for name in names)
+    reason = "for a reason that is not known" if excess is None else excess.reason
+    where = f"of {rules_named}, in {'; '.join(stored)}, on {', '.join(targets)}"
+    return f"- {len(each)} kernels, {where}: {what}. {reason[0].upper()}{reason[1:]}."
+
+
+def _worst(stored: str, target: str, each: list[table.Cost]) -> list[str]:
+    numbers = [max(getattr(cost, name) for cost in each) for name in ("spilled", "shared", "float64", "approximate")]
+    lowest = min(cost.occupancy for cost in each)
+    return [stored, target, str(max(cost.registers for cost in each)), f"{lowest:.0%}", *map(str, numbers)]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
+    sys.exit()
