@@ -141,7 +141,7 @@ class Launch:
 
     Args:
         kind: what the kernel is compiled for.
-        gradients: by tensor; None where there is none and the tensor rests.
+        gradients: by tensor; None where there is none and the tensor rests. Empty where their addresses suffice.
         active: whether each tensor takes part.
         addresses: [2 + states, tensors], of parameters, gradients, states.
         chunks: [chunks, 3], of tensor, first element and length.

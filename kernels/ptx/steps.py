@@ -46,7 +46,8 @@ def _announcing() -> Iterator[None]:
         return pairs
 
     def announced_run(bucket: Bucket, launch: Launch) -> None:
-        columns = (bucket.parameters, launch.gradients, *bucket.states)
+        gradients = launch.gradients or [parameter.grad for parameter in bucket.parameters]
+        columns = (bucket.parameters, gradients, *bucket.states)
         active = [tensor for column in columns for tensor, takes_part in zip(column, launch.active, strict=True) if takes_part]
         with memory(*(tensor for tensor in active if tensor is not None), *copies):
             run(bucket, launch)
