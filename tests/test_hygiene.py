@@ -110,6 +110,15 @@ def test_api_knows_nothing_of_compilers(path: Path) -> None:
     assert not found, found
 
 
+def test_no_step_imports_the_executor_of_ptx() -> None:
+    """It is for tests, for documents and for `python -m fusedopt check`."""
+    others = [path for path in (*KERNELS, *API) if path.parent.name != "ptx" and path.name != "check.py"]
+    found = [
+        f"{relative(path)}:{line}" for path in others for name, line in imports(path) if name.startswith("fusedopt.kernels.ptx")
+    ]
+    assert not found, found
+
+
 @pytest.mark.parametrize("path", KERNELS, ids=relative)
 def test_numba_options_are_shared(path: Path) -> None:
     """Numba hands a helper's options down from its first caller: where they differ, an import's order decides."""
