@@ -64,27 +64,18 @@ class Excess:
 EXCEEDED = (
     Excess(
         "registers, more than",
-        ("float64",),
+        SHORT,
         tuple(TARGETS),
-        tuple(RULES),
-        "each of a thread's 8 elements takes two registers in every array; 2 elements a thread would take at most 56 on sm_90",
+        ("amsgrad", "adadelta", "centered_rmsprop_momentum"),
+        "8 elements of four or five arrays, with what three divisions and roots keep; with 4, accesses would be of 64 bits",
     ),
     Excess(
         "registers, more than",
-        ("float32", "bfloat16, float32 states", *SHORT),
-        NVIDIA,
-        ("amsgrad", "adadelta", "centered_rmsprop_momentum"),
-        "8 elements of four or five arrays, with what two divisions or roots keep; 4 elements a thread would take 48 on sm_90",
-    ),
-    Excess(
-        "too few",
-        SHORT,
+        (*SHORT, "bfloat16, float32 states"),
         ("gfx90a", "gfx942"),
         tuple(RULES),
-        "256 threads share 1024 elements, and 4 of 2 bytes each are 64 bits; two warps instead of four would make them 128",
+        "a compute unit has 512 registers a lane, and these leave room for six of its eight waves",
     ),
-    # It has no states, and so is of one format with the above.
-    Excess("too few", ("bfloat16, float32 states",), ("gfx90a", "gfx942"), ("gradient_descent",), "as above"),
 )
 
 

@@ -47,6 +47,11 @@ def sign(x):
 
 
 @triton.jit
+def negative(x):
+    return x * -1.0  # -x is 0 - x in Triton 3.7.1, which makes 0 of 0 and not -0
+
+
+@triton.jit
 def nonzero(x):
     return x != 0
 

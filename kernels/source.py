@@ -119,6 +119,8 @@ def _check_expression(part: ast.AST, known: set[str], refuse: Callable[[ast.AST,
         refuse(part, f"uses an operator in `{ast.unparse(part)}`", "use + - * / & |, and write powers as products")
     elif isinstance(part, ast.Compare) and not all(isinstance(op, _COMPARISONS) for op in part.ops):
         refuse(part, f"compares by `{ast.unparse(part)}`", "use < <= > >= == !=")
+    elif isinstance(part, ast.UnaryOp) and not isinstance(part.op, ast.USub):
+        refuse(part, f"uses an operator in `{ast.unparse(part)}`", "turn the comparison around, or use where(condition, a, b)")
     elif isinstance(part, ast.BoolOp | ast.IfExp):
         refuse(part, f"decides on data in `{ast.unparse(part)}`", "use where(condition, a, b), & and |")
     elif isinstance(part, ast.Call):
@@ -129,8 +131,17 @@ def _check_expression(part: ast.AST, known: set[str], refuse: Callable[[ast.AST,
         refuse(part, f"uses `{ast.unparse(part)}`", "use names, + - * /, comparisons and the functions that rules may call")
 
 
-class Divisions(ast.NodeTransformer):
-    """Rewrites ``a / b`` into ``divide(a, b)``, for where a plain division is not correctly rounded."""
+class _Negations(ast.NodeTransformer):
+    """Rewrites ``-x`` into ``negative(x)``, for where a plain one is 0 - x, which loses the sign of zero."""
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        """Respell a sign."""
+        self.generic_visit(node)
+        return ast.Call(ast.Name("negative", ast.Load()), [node.operand], []) if isinstance(node.op, ast.USub) else node
+
+
+class Divisions(_Negations):
+    """Also rewrites ``a / b`` into ``divide(a, b)``, for where a plain division is not correctly rounded."""
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         """Respell a division."""
@@ -140,8 +151,8 @@ class Divisions(ast.NodeTransformer):
         return node
 
 
-class Literals(ast.NodeTransformer):
-    """Rewrites a literal number ``x`` into ``number(x)``, for where a plain one is rounded to float32."""
+class Literals(_Negations):
+    """Also rewrites a literal number ``x`` into ``number(x)``, for where a plain one is rounded to float32."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         """Respell a number."""

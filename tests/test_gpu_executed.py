@@ -16,13 +16,15 @@ from fusedopt.kernels import backends, gpu
 from fusedopt.kernels.formats import FORMATS
 from fusedopt.kernels.ptx import execute, steps
 from fusedopt.kernels.ptx.driver import memory
-from fusedopt.kernels.rule import Update
+from fusedopt.kernels.rule import Rule, Update
 from fusedopt.kernels.rules import adam
 from fusedopt.kernels.tables import Kind
 from layouts import LAYOUTS
 from single_step import outputs
+from snapshot import same_bits
 from test_against_torch import FLOATS, MIXTURES, mixture_name, short
 from test_backends import SPECIAL, assert_equal_bits, draw, unaligned
+from test_rule_definitions import lr_alone, negated, optimizer_of
 
 pytestmark = [
     pytest.mark.triton,
@@ -214,18 +216,27 @@ def test_bytes_of_a_step(case, dtype):
 
 
 def test_a_changing_schedule_compiles_once():
-    """Learning rates, step counts and addresses of gradients are no part of a kernel."""
-    for number in (3, 16):
-        params = [torch.nn.Parameter(values) for values in draw([5] * number, torch.float32)]
-        optimizer = named("adamw").make_ours(params)
-        with steps.executing() as session:
-            for step in range(50):
+    """Learning rates, step counts, addresses of gradients and the number of tensors are no part of a kernel."""
+    with steps.executing() as session:
+        for number in (1, 2, 3, 16):
+            params = [torch.nn.Parameter(values) for values in draw([5] * number, torch.float32)]
+            optimizer = named("adamw").make_ours(params)
+            for step in range(50 if number == 3 else 3):
                 optimizer.param_groups[0].update(lr=0.01 / (1 + step), weight_decay=0.1 + step)
                 for p in params:
                     p.grad = torch.randn(5)
                 optimizer.step()
-        assert session.compilations == 1
-        assert [name for name, _ in session.launches] == ["run"] * 50
+    assert session.compilations == 1
+    assert [name for name, _ in session.launches] == ["run"] * 59
+
+
+def test_a_sign_before_zero():
+    params = [torch.nn.Parameter(torch.ones(4))]
+    optimizer = optimizer_of(Update(Rule(negated, lr_alone)))(params, lr=1.0)
+    params[0].grad = torch.tensor([0.0, -0.0, 1.0, torch.inf])
+    with steps.executing():
+        optimizer.step()
+    assert same_bits(params[0], -params[0].grad)
 
 
 def test_many_tensors_are_one_launch():
@@ -260,7 +271,7 @@ def far_block(elements, dtype):
             ALIGNED=True,
             GUARDED=False,
             BLOCK=gpu.BLOCK,
-            **gpu._OPTIONS,
+            **gpu.options(kind, 32),
         )
     p, g, m, v = (values.float().numpy() for values in before)
     half = numpy.float32(0.5)

@@ -9,6 +9,7 @@ import torch
 
 from cases import copies, draw_gradients, make_parameters
 from fusedopt.kernels import backends
+from fusedopt.kernels.math import where
 from fusedopt.kernels.rule import Rule, Update
 from fusedopt.kernels.source import RuleError
 from fusedopt.optimizer import FusedOptimizer
@@ -77,6 +78,14 @@ def foreign_function(p, g, lr):
     return (p - lr * torch.sqrt(g),)
 
 
+def inverted(p, g, lr):
+    return (where(~(g > p), p, g),)
+
+
+def negated(p, g, lr):
+    return (lr * -g,)
+
+
 def in_place(p, g, lr):
     p -= lr * g
     return (p,)
@@ -97,6 +106,7 @@ def in_place(p, g, lr):
         (powers, (), "products"),
         (methods, (), "calls `g.sqrt`"),
         (foreign_function, (), "calls `torch.sqrt`"),
+        (inverted, (), "turn the comparison around"),
         (in_place, (), "plain assignments"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -156,6 +166,17 @@ def own(p, g, velocity, lr, half):
 
 def own_coefficients(step, lr):
     return lr, 0.5
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy", "tensor", pytest.param("triton", marks=pytest.mark.triton)])
+def test_a_sign_before_zero(backend):
+    """0 - x is not -x there."""
+    params = [torch.nn.Parameter(torch.ones(4))]
+    optimizer = optimizer_of(Update(Rule(negated, lr_alone)))(params, lr=1.0)
+    params[0].grad = torch.tensor([0.0, -0.0, 1.0, torch.inf])
+    with backends.use(backend):
+        optimizer.step()
+    assert same_bits(params[0], -params[0].grad)
 
 
 @pytest.mark.parametrize("backend", ["numba", "tensor", pytest.param("triton", marks=pytest.mark.triton)])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fusedopt.kernels import gpu
-from fusedopt.kernels.ptx.driver import driver
+from fusedopt.kernels.ptx.driver import TARGETS, driver
 from fusedopt.kernels.tables import Kind
 
 # Neither 1 nor a multiple of 16, of which Triton would make variants.
@@ -37,7 +37,7 @@ def compile_update(kind: Kind, target: str, aligned: bool = True, guarded: bool 
             GUARDED=guarded,
             BLOCK=gpu.BLOCK,
             grid=(1,),
-            **gpu._OPTIONS,
+            **gpu.options(kind, TARGETS[target].warp_size),
         )
 
 

@@ -10,7 +10,7 @@ from fusedopt.kernels import gpu
 from fusedopt.kernels.formats import FORMATS
 from fusedopt.kernels.math import ARRAYS
 from fusedopt.kernels.ptx import offline, steps, table
-from fusedopt.kernels.ptx.driver import memory
+from fusedopt.kernels.ptx.driver import TARGETS, memory
 from fusedopt.kernels.rule import Rule, Update
 from fusedopt.kernels.tables import Kind
 
@@ -45,6 +45,7 @@ def execute_rule(rule: Rule, target: str, size: int = 2 * gpu.BLOCK + 5) -> dict
         PtxError: for a bad access.
     """
     update = Update(rule)
+    kind = kind_of(update, torch.float32)
     generator = torch.Generator().manual_seed(0)
     count = 2 + len(rule.states)
     arrays = torch.randn(count, size, generator=generator).unbind()
@@ -57,7 +58,7 @@ def execute_rule(rule: Rule, target: str, size: int = 2 * gpu.BLOCK + 5) -> dict
     owned = [array.clone() for array in arrays]
     chunks = torch.tensor([[0, index] for index in range(-(-size // gpu.BLOCK))], dtype=torch.int32)
     with steps.executing(target), memory(*owned):
-        gpu._kernel(kind_of(update, torch.float32)).run[(len(chunks),)](
+        gpu._kernel(kind).run[(len(chunks),)](
             torch.tensor([array.data_ptr() for array in owned]),
             torch.tensor([size]),
             chunks,
@@ -68,7 +69,7 @@ def execute_rule(rule: Rule, target: str, size: int = 2 * gpu.BLOCK + 5) -> dict
             ALIGNED=all(array.data_ptr() % 16 == 0 for array in owned),
             GUARDED=False,
             BLOCK=gpu.BLOCK,
-            **gpu._OPTIONS,
+            **gpu.options(kind, TARGETS[target].warp_size),
         )
     found = [owned[0], *owned[2:]]
     return {
