@@ -85,7 +85,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         self._set_options(capturable=capturable)
 
     def _initial(self, group: dict[str, Any], name: str) -> Any:  # noqa: ARG002  # there is one state
-        return group["initial_accumulator_value"]
+        return self.defaults["initial_accumulator_value"]  # and not the group's, as torch has it
 
     def _update(self, group: dict[str, Any], decays: bool) -> Update:  # noqa: ARG002  # of any group
         return decay_of(rules.adagrad, decays, decoupled=False)

@@ -37,6 +37,10 @@ from fusedopt.settings import decay_of
 __all__ = ["Rule", "RuleError", "RuleOptimizer", "absolute", "maximum", "nonzero", "power", "sign", "sqrt", "where"]
 
 
+#: What the constructor takes beside hyperparameters, and groups hold.
+_OPTIONS = {"params", "weight_decay", "decoupled_weight_decay", "maximize", "capturable", "differentiable", "foreach", "fused"}
+
+
 class RuleOptimizer(FusedOptimizer):
     r"""Base class of an optimizer whose rule is given, with all that fused optimizers have.
 
@@ -82,6 +86,12 @@ class RuleOptimizer(FusedOptimizer):
             raise RuleError(
                 f"{cls.__name__} must set `rule`, a fusedopt.custom.Rule, and `hyperparameters`, a dict of defaults with 'lr'"
             )
+        taken_already = sorted(_OPTIONS & set(cls.hyperparameters))
+        if taken_already:
+            raise RuleError(
+                f"{cls.__name__}.hyperparameters names {', '.join(taken_already)}, which every optimizer has as an option: "
+                "give the rule's own another name"
+            )
         known = {name for name in cls.hyperparameters if name != "betas"}
         if "betas" in cls.hyperparameters:
             known |= {"beta1", "beta2"}
@@ -117,7 +127,10 @@ class RuleOptimizer(FusedOptimizer):
             )
         own = {**self.hyperparameters, **hyperparameters, "lr": self.hyperparameters["lr"] if lr is None else lr}
         for name, value in own.items():
-            for number in value if isinstance(value, tuple | list) else (value,):
+            pair = isinstance(value, tuple | list) and len(value) == 2
+            if pair != (name == "betas"):
+                raise TypeError(f"Invalid {name}: {value!r}; it must be {'two numbers' if name == 'betas' else 'a number'}")
+            for number in value if pair else (value,):
                 if not isinstance(number, Tensor | numbers.Real):
                     raise TypeError(f"Invalid {name}: {value!r}; it must be a number")
                 if isinstance(number, Tensor) and number.numel() != 1:

@@ -114,7 +114,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Load a state that this class or torch's has written, by copy.
 
         States keep their dtype, as torch's do not. Options that the checkpoint lacks, and those that choose an
-        implementation, stay what they are.
+        implementation, stay what they are; a checkpoint lacks those of our own that were at their defaults, so that it is
+        as torch's.
 
         Args:
             state_dict: what ``state_dict()`` returned.
@@ -320,10 +321,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan = Plan(first, updates, [prepared.backends[member.index] for member in first])
         for wave in later:
             Plan(wave, updates, [prepared.backends[member.index] for member in wave])
-        for own, update in zip(hyperparameters, updates, strict=True):
+        for owner, step, scalars in {(member.group, member.step, member.scalars) for member in members}:
+            own = hyperparameters[owner]
             if not any(isinstance(value, Tensor) for value in own.values):
-                ones = [1.0] * len(update.scalars)
-                update.coefficients(1.0, ones, own.maximize, [float(value) for value in own.values])
+                updates[owner].coefficients(step + 1.0, scalars, own.maximize, [float(value) for value in own.values])
         self._attach(plan, first)
         prepared.plan = plan
         prepared.waves = [[member.index for member in wave] for wave in later]

@@ -55,7 +55,9 @@ class Settings:
             for group, update in zip(groups, self.updates, strict=True)
         ]
         self._values = [list(group.values()) for group in groups]
-        self._constant = all(_is_constant(value) for group in groups for name, value in group.items() if name != "params")
+        self._constant = all(
+            _is_constant(value) for group in groups for name, value in group.items() if not name.startswith("param")
+        )
 
     def hold(self, groups: list[dict[str, Any]]) -> bool:
         """Whether ``groups`` would be read to the same settings; False where only reading tells."""

@@ -59,7 +59,7 @@ def _tiny(optimizer: FusedOptimizer) -> FusedOptimizer:
                 held = {name: value.dtype for name, value in state.items() if isinstance(value, Tensor)}
                 kind = (parameter.dtype, parameter.device, *held.items())
                 if kind not in kinds:
-                    kinds[kind] = stand_in = torch.ones(1, dtype=parameter.dtype, device=parameter.device)
+                    kinds[kind] = stand_in = torch.ones((), dtype=parameter.dtype, device=parameter.device)
                     stand_in.grad = torch.ones_like(stand_in)
                     if state:
                         states[stand_in] = {name: _of_one_element(value) for name, value in state.items()}
@@ -72,4 +72,4 @@ def _tiny(optimizer: FusedOptimizer) -> FusedOptimizer:
 def _of_one_element(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.detach().clone() if value.dim() == 0 else torch.zeros(1, dtype=value.dtype, device=value.device)
+    return value.detach().clone() if value.dim() == 0 else torch.zeros((), dtype=value.dtype, device=value.device)

@@ -96,6 +96,8 @@ def choose(parameter: Tensor, gradient: Tensor | None) -> tuple[str, str]:
         return "tensor", "it is a sum over ranks that has not been taken"
     if not all(layout.same_shards(parameter, tensor) for tensor in tensors):
         return "tensor", "its gradient is sharded otherwise"
+    if gradient is not None and layout.is_sharded(gradient) and layout.overlaps_itself(layout.local(gradient)):
+        return "tensor", "its gradient is expanded, and an unscaled one could not be put in its place"
     part = ", on this rank's part" if layout.is_sharded(parameter) else ""
     if parameter.device.type == "cpu" and _is_set("NUMBA_DISABLE_JIT"):
         return "tensor", "NUMBA_DISABLE_JIT is set"

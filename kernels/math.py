@@ -75,13 +75,23 @@ ARRAYS: dict[str, Callable[..., Any]] = {
 # What the names mean in a rule that is called as it stands: on NumPy arrays.
 sqrt, absolute, where, maximum, sign, nonzero = (ARRAYS[name] for name in RULE_NAMES)
 
+
+def _of_tensors_or_numbers(of_tensors: Callable[..., Any], of_numbers: Callable[..., Any]) -> Callable[..., Any]:
+    def function(first: Any, *others: Any) -> Any:
+        of_tensor = isinstance(first, torch.Tensor) or (not isinstance(first, bool) and any(map(torch.is_tensor, others)))
+        return (of_tensors if of_tensor else of_numbers)(first, *others)
+
+    return function
+
+
 #: Bindings for torch tensors: every device and layout that torch serves.
 TENSORS: dict[str, Callable[..., Any]] = {
     "sqrt": torch.sqrt,
     "absolute": torch.abs,
-    # A condition on coefficients alone is a plain bool here.
-    "where": lambda condition, a, b: (a if condition else b) if isinstance(condition, bool) else torch.where(condition, a, b),
+    "where": torch.where,
     "maximum": lambda a, b: torch.where((a > b) | (a != a), a, b),
     "sign": lambda x: torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, x)),
     "nonzero": lambda x: x != 0,
 }
+# Coefficients are plain numbers there, and a condition on them alone is a plain bool.
+TENSORS = {name: _of_tensors_or_numbers(function, SCALARS[name]) for name, function in TENSORS.items()}

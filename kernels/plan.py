@@ -202,7 +202,8 @@ class _Part:
         for index in across:
             copy = gradients[index].clone()  # type: ignore[union-attr]
             gradients[index], addresses[1, index] = copy, copy.data_ptr()
-            bucket.parameters[index].grad = copy  # which may be written as well, to unscale it
+            if not bucket.sharded:
+                bucket.parameters[index].grad = copy  # which may be written as well, to unscale it
         # From the second step of a kind on, as a plan may be made for a single one.
         if not across and pattern is self._settled and not bucket.sharded:
             self._watch = tensor_objects.watch(bucket, self._state_dicts, gradients)

@@ -146,11 +146,10 @@ def _nadam_coefficients(step, mu_product, lr, beta1, beta2, eps, momentum_decay)
 nadam = Rule(_nadam, _nadam_coefficients, states=("exp_avg", "exp_avg_sq"), scalars=("mu_product",))
 
 
-def _radam(p, g, exp_avg, exp_avg_sq, rectified_size, plain_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps):
+def _radam(p, g, exp_avg, exp_avg_sq, step_size, rectifies, beta1, one_minus_beta1, beta2, one_minus_beta2, eps):
     exp_avg = beta1 * exp_avg + one_minus_beta1 * g
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g
-    rectified = rectified_size * (exp_avg / (sqrt(exp_avg_sq) + eps))
-    return p - where(nonzero(plain_size), plain_size * exp_avg, rectified), exp_avg, exp_avg_sq
+    return p - step_size * where(nonzero(rectifies), exp_avg / (sqrt(exp_avg_sq) + eps), exp_avg), exp_avg, exp_avg_sq
 
 
 def _radam_coefficients(step, lr, beta1, beta2, eps):
@@ -163,8 +162,8 @@ def _radam_coefficients(step, lr, beta1, beta2, eps):
     # Short averages take the other size; the ones keep their roots and divisions from failing.
     numerator = where(rectifies, (length - 4.0) * (length - 2.0) * longest, 1.0)
     denominator = where(rectifies, (longest - 4.0) * (longest - 2.0) * length, 1.0)
-    rectified_size = step_size * sqrt(1.0 - power2) * sqrt(numerator / denominator)
-    return rectified_size, where(rectifies, 0.0, step_size), beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps
+    step_size = step_size * where(rectifies, sqrt(1.0 - power2) * sqrt(numerator / denominator), 1.0)
+    return step_size, where(rectifies, 1.0, 0.0), beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps
 
 
 #: Rectified Adam (Liu et al. 2020, Algorithm 2): without the second moment while its variance is not known.
@@ -245,7 +244,8 @@ rmsprop_momentum = Rule(_rmsprop_momentum, _rmsprop_momentum_coefficients, state
 
 
 def _variance_root(square_avg, grad_avg):
-    return sqrt(square_avg - grad_avg * grad_avg)
+    # Of equal gradients it is zero, and may be negative by rounding: torch makes NaN of that.
+    return sqrt(absolute(square_avg - grad_avg * grad_avg))
 
 
 def _centered_rmsprop(p, g, square_avg, grad_avg, lr, alpha, one_minus_alpha, eps):
@@ -254,7 +254,7 @@ def _centered_rmsprop(p, g, square_avg, grad_avg, lr, alpha, one_minus_alpha, ep
     return p - lr * (g / (_variance_root(square_avg, grad_avg) + eps)), square_avg, grad_avg
 
 
-#: Centered RMSprop (Graves 2013, section 2.1): divides by an estimate of the standard deviation.
+#: Centered RMSprop (Graves 2013, section 4.2): divides by an estimate of the standard deviation.
 centered_rmsprop = Rule(_centered_rmsprop, _rmsprop_coefficients, states=("square_avg", "grad_avg"))
 
 

@@ -227,7 +227,9 @@ class Bucket:
         #: What the backend keeps for this bucket.
         self.tables: Any = None
         self._rows: list[tuple[int, int]] | None = None
-        self._rows_for: tuple[object, int] = (None, -1)
+        #: For which tensors, and for which numbers, the rows hold.
+        self._rows_active: NDArray[numpy.bool_] | None = None
+        self._rows_numbers: NDArray[Any] = numpy.zeros(0)
         self._row_of_tensor: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
 
     def _set_scalars(self, scalars: Tensor) -> None:
@@ -312,19 +314,17 @@ class Bucket:
         if self.kind.update.scalars:
             rows = launch.row_of_tensor[active]
             self.numbers[1:, active] = launch.scalars[rows].T
-        known = self._rows_for[1] == self.steps._version
         self.numbers[0] += 1 if active is self.everyone else active
         torch.autograd.graph.increment_version([self.steps])
-        if known:  # those that advance together stay together
-            self._rows_for = (self._rows_for[0], self.steps._version)
+        self._rows_numbers = self.numbers.copy()  # those that advance together stay together
 
     def rows(self, active: NDArray[numpy.bool_]) -> tuple[list[tuple[int, int]], NDArray[numpy.int64]]:
         """Return the distinct (group, tensor that represents it) of active tensors, and each tensor's index into them.
 
         Tensors of a group that have taken equally many steps, and agree in other scalars, share a row of coefficients.
         """
-        # Rows hold until other tensors advance, or somebody writes a count.
-        if self._rows is not None and self._rows_for[0] is active and self._rows_for[1] == self.steps._version:
+        # Rows hold until other tensors advance, or somebody writes a number.
+        if self._rows is not None and self._rows_active is active and numpy.array_equal(self.numbers, self._rows_numbers):
             return self._rows, self._row_of_tensor
         keys = numpy.concatenate([self.groups[None], self.numbers.astype(numpy.float64)])[:, active]
         _, first, inverse = numpy.unique(keys, axis=1, return_index=True, return_inverse=True)
@@ -332,5 +332,5 @@ class Bucket:
         self._rows = [(int(self.groups[index]), int(index)) for index in representatives]
         self._row_of_tensor = numpy.zeros(len(self.members), numpy.int64)
         self._row_of_tensor[active] = inverse.reshape(-1)
-        self._rows_for = (active, self.steps._version)
+        self._rows_active = active
         return self._rows, self._row_of_tensor

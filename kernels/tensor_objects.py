@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _WORD = 8
 #: Words that are looked at: both objects are larger than this (22 and 10 words in torch 2.13).
 _TENSOR_WORDS, _STORAGE_WORDS, _AUTOGRAD_WORDS = 22, 8, 12
+#: Words of the object of Python, which is longer.
+_OBJECT_WORDS = 4
 #: Dimensions up to which an object holds its sizes and strides itself.
 _MOST_DIMENSIONS = 5
 
@@ -39,6 +41,7 @@ class Layout:
     """Where words lie in the objects of tensors, counted in words unless said otherwise.
 
     Args:
+        handle: in the object of Python, the pointer to that of C++; two tensors may swap theirs.
         storage: the pointer to the storage.
         autograd: the pointer to what autograd keeps of the tensor, null if it keeps nothing.
         version: the pointer to the version counter.
@@ -53,6 +56,7 @@ class Layout:
         dict_version: in a dict of Python, what changes whenever the dict does; None where there is no such word.
     """
 
+    handle: int
     storage: int
     autograd: int
     version: int
@@ -102,8 +106,11 @@ def layout() -> Layout | None:
 
 
 def _find_layout() -> Layout:
-    tensor, other = torch.empty(1013, device="cpu"), torch.empty(1013, device="cpu")
-    part = torch.empty(5003, device="cpu")[1009:2022]
+    # Whatever dtype is the default at present.
+    empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
+    tensor, other = empty(1013), empty(1013)
+    part = empty(5003)[1009:2022]
+    handle = _only([i for i, word in enumerate(_words(id(tensor), _OBJECT_WORDS)) if word == tensor._cdata], "the object of C++")
     words, more, part_words = _tensor_words(tensor), _tensor_words(other), _tensor_words(part)
     storage = _only([i for i, word in enumerate(words) if word == tensor.untyped_storage()._cdata], "the storage")
     offset = _only([i for i, word in enumerate(part_words) if word == 1009], "the storage offset")
@@ -111,7 +118,7 @@ def _find_layout() -> Layout:
     shared = [i for i in range(storage + 1, offset) if alias[i] == words[i] != more[i]]
     version = _only(shared, "the version counter")
     # Only a pointer that was null before can be that to what has come with requires_grad.
-    leaf = torch.empty(1013, device="cpu")
+    leaf = empty(1013)
     before = _tensor_words(leaf)
     leaf.requires_grad_()
     autograd = _only([i for i, w in enumerate(_tensor_words(leaf)) if before[i] == 0 != w and i < offset], "autograd's part")
@@ -133,7 +140,19 @@ def _find_layout() -> Layout:
     # A c10::DataPtr: the memory, then what is deleted, the memory or its owner, and by whom, in either order.
     deleter = _only([i for i in (data + 1, data + 2) if held[i] == twin[i] != foreign[i]], "the deleter")
     found = Layout(
-        storage, autograd, version, offset, kind, data, length + 1, deleter, gradient, none[gradient], count, _dict_version()
+        handle,
+        storage,
+        autograd,
+        version,
+        offset,
+        kind,
+        data,
+        length + 1,
+        deleter,
+        gradient,
+        none[gradient],
+        count,
+        _dict_version(),
     )
     _try(found)
     return found
@@ -185,11 +204,11 @@ def _try(found: Layout) -> None:
         words = _tensor_words(tensor)
         return [words[i] & mask for i, mask in found.kind]
 
-    plain = torch.empty(6, 10, device="cpu")
-    leaf = torch.nn.Parameter(torch.empty(6, 10, device="cpu"))
+    empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
+    plain, leaf = empty(6, 10), torch.nn.Parameter(empty(6, 10))
     leaf.sum().backward()
     assert leaf.grad is not None
-    alike = [leaf, leaf.detach(), torch.empty(100, device="cpu")[7:67].view(6, 10), torch.zeros(6, 10, device="cpu"), leaf * 2]
+    alike = [leaf, leaf.detach(), empty(100)[7:67].view(6, 10), empty(6, 10).zero_(), leaf * 2]
     if any(kind(each) != kind(plain) for each in [*alike, leaf.grad.clone()]):
         raise _UnexpectedError("tensors of one kind differ")
     different = [
@@ -269,17 +288,19 @@ def note(tensors, gradients, places, kinds, gradient_kinds):
 
 
 @njit(
-    "boolean(int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[:, ::1], int64, int64, "
+    "boolean(int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[:, ::1], int64, int64, "
     "int64[::1], int64[::1])",
     cache=True,
     **JIT
 )
-def unchanged(tensors, places, kinds, gradient_kinds, lengths, addresses, itemsize, no_gradient, dicts, versions):
+def unchanged(objects, tensors, places, kinds, gradient_kinds, lengths, addresses, itemsize, no_gradient, dicts, versions):
     for i in range(dicts.size):
         if word(dicts[i], {dict_place}) != versions[i]:
             return False
     for row in range(tensors.shape[0]):
         for i in range(tensors.shape[1]):
+            if word(objects[row, i], {handle}) != tensors[row, i]:  # and the old one may be gone
+                return False
             if not same_place(tensors[row, i], places[row * tensors.shape[1] + i]):
                 return False
     for i in range(tensors.shape[1]):
@@ -360,6 +381,7 @@ class Watch:
         places = numpy.array([id(each) for each in self._dicts], numpy.int64)
         versions = [_words(id(each) + _WORD * _DICT_VERSION, 1)[0] for each in self._dicts]
         self._arguments = (
+            numpy.array([[id(tensor) for tensor in column] for column in columns], numpy.int64),
             self._tensors,
             self._places,
             self._kinds,

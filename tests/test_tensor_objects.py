@@ -36,6 +36,15 @@ def test_layout_is_found_time_and_again():
         kept = [torch.ones(size + 1, requires_grad=True), *kept[: size % 7]]  # freed memory with other contents
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_layout_does_not_depend_on_the_default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        assert tensor_objects._find_layout() == tensor_objects.layout()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def set_data(tensor, data):
     tensor.data = data
 
@@ -43,6 +52,15 @@ def set_data(tensor, data):
 def set_gradient(param, gradient):
     param.grad = None  # a gradient of another kind is taken in the place of none alone
     param.grad = gradient
+
+
+others = []
+
+
+def swap(tensor, other, gradient=None):
+    other.grad = gradient
+    others.append(other)  # lives on, so that all that is noted is still there
+    torch.utils.swap_tensors(tensor, other)
 
 
 CHANGES = {
@@ -54,6 +72,8 @@ CHANGES = {
     "parameter cast": lambda o, p: set_data(p[0], p[0].data.double()),
     "parameter's storage freed": lambda o, p: p[0].untyped_storage().resize_(0),
     "parameter's storage copied on writing": lambda o, p: torch._lazy_clone(p[0]),
+    "parameter swapped": lambda o, p: swap(p[0], torch.nn.Parameter(torch.zeros(12)), torch.ones(12)),
+    "state swapped": lambda o, p: swap(o.state[p[1]]["exp_avg_sq"], torch.zeros(6, 8)),
     "state's data": lambda o, p: set_data(o.state[p[1]]["exp_avg_sq"], torch.zeros(6, 8)),
     "state's storage freed": lambda o, p: o.state[p[1]]["exp_avg_sq"].untyped_storage().resize_(0),
     "state replaced": lambda o, p: o.state[p[2]].update(exp_avg=torch.zeros(2, 3, 4)),
