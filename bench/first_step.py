@@ -68,6 +68,8 @@ def _count_files(folder: str) -> int:
 def _time(what: str) -> float:
     parameter = torch.ones(1000, requires_grad=True)
     parameter.grad = torch.ones(1000)
+    # Any optimizer of torch's, when the first is made, imports a second's worth of torch.
+    torch.optim.SGD([parameter])
     started = time.perf_counter()
     if what == "numba":
         import numba  # noqa: F401

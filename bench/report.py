@@ -311,7 +311,10 @@ def _first_steps(record: SimpleNamespace) -> Section:
         ]
         for s in record.first_steps
     ]
-    text = "Making an optimizer, and its first step, in a new process: with empty caches, where it compiles, and with warm ones."
+    text = (
+        "Making an optimizer, and its first step, in a new process: with empty caches, where it compiles, and with warm ones. What "
+        "torch itself imports when the first optimizer is made, its own included, has been imported before."
+    )
     return Section("First step", [text, Table(heading, rows)] if rows else [])
 
 

@@ -20,6 +20,7 @@ from fusedopt.radam import RAdam
 from fusedopt.rmsprop import RMSprop
 from fusedopt.rprop import Rprop
 from fusedopt.sgd import SGD
+from fusedopt.swapping import swap_in_optimizer_params_and_state
 from fusedopt.warm_up import warmup
 
 __version__ = "0.1.0"
@@ -44,11 +45,12 @@ __all__ = [
     "lr_scheduler",
     "no_decay_groups",
     "swa_utils",
+    "swap_in_optimizer_params_and_state",
     "warmup",
 ]
 
 # Newer parts of torch.optim, where this torch has them.
-for _name in ("Adafactor", "Muon", "swap_in_optimizer_params_and_state"):
+for _name in ("Adafactor", "Muon"):
     if hasattr(torch.optim, _name):
         globals()[_name] = getattr(torch.optim, _name)
         __all__.append(_name)

@@ -57,9 +57,6 @@ class Lion(RuleOptimizer):
         maximize: bool = False,
         fused: bool | None = None,
     ) -> None:
-        for index, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
         super().__init__(
             params,
             lr,
@@ -69,3 +66,6 @@ class Lion(RuleOptimizer):
             maximize=maximize,
             fused=fused,
         )
+        for index, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")

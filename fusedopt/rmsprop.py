@@ -48,6 +48,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         - ``fused`` is added: torch 2.13 has no fused RMSprop.
         - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
         - States keep their dtype through a checkpoint; torch casts them to the parameter's.
+        - A centered variance that is negative by rounding counts as its magnitude; torch makes NaN of it.
 
     Source: Hinton 2012, "Neural networks for machine learning", lecture 6e; centered: Graves 2013, "Generating sequences with
     recurrent neural networks", section 4.2.

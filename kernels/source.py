@@ -67,14 +67,24 @@ def helpers(function: Callable[..., Any]) -> list[types.FunctionType]:
     return list(found.values())
 
 
-def check(function: Callable[..., Any], results: int | None = None) -> None:
-    """Raise :class:`RuleError` unless every backend can compile ``function``, which returns a tuple of ``results``."""
+def check(function: Callable[..., Any], results: int | None = None, of_coefficients: bool = False) -> None:
+    """Raise :class:`RuleError` unless every backend can compile ``function``.
+
+    Args:
+        function: a rule, or a function of coefficients.
+        results: how many it must return as a tuple; None where that is looked at elsewhere (default: None).
+        of_coefficients: whether it computes coefficients, and so may hold literals and call ``power`` (default: False).
+    """
     node = tree(function)
+    functions = COEFFICIENT_NAMES if of_coefficients else RULE_NAMES
 
     def refuse(at: ast.AST, what: str, remedy: str) -> None:
         where = f"{inspect.getsourcefile(function)}:{getattr(at, 'lineno', node.lineno)}"
-        raise RuleError(f"{where}: the rule {function.__name__!r} {what}: {remedy}")
+        raise RuleError(f"{where}: the {'function' if of_coefficients else 'rule'} {function.__name__!r} {what}: {remedy}")
 
+    if function.__closure__:
+        names = ", ".join(f"`{name}`" for name in function.__code__.co_freevars)
+        refuse(node, f"reads {names} of the function around it", "take it as a hyperparameter")
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
     for statement in body[:-1]:
         if isinstance(statement, ast.If | ast.For | ast.While):
@@ -91,12 +101,21 @@ def check(function: Callable[..., Any], results: int | None = None) -> None:
             f"returns {found}, not {results} results",
             f"return a tuple of {results}: p and each state, in order",
         )
-    known = {helper.__name__ for helper in helpers(function)}
+    callable_names = {*functions, *(helper.__name__ for helper in helpers(function))}
+    assigned = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    known = {*parameters(function), *assigned, *callable_names}
     for statement in body:
         for part in ast.walk(statement):
-            _check_expression(part, known, refuse)
+            if isinstance(part, ast.Constant) and not of_coefficients:
+                refuse(part, f"holds the literal {part.value!r}", "make it a coefficient (Numba would compute in float64)")
+            elif isinstance(part, ast.Call) and ast.unparse(part.func) not in callable_names:
+                allowed = ", ".join(functions)
+                refuse(part, f"calls `{ast.unparse(part.func)}`", f"call {allowed}, or a helper function of the same module")
+            elif isinstance(part, ast.Name) and part.id not in known:
+                refuse(part, f"reads `{part.id}`, which it is not given", "take it as an argument")
+            _check_expression(part, refuse)
     for helper in helpers(function):
-        check(helper)
+        check(helper, of_coefficients=of_coefficients)
 
 
 def check_coefficients(function: Callable[..., Any], names: Sequence[str], of: str) -> None:
@@ -110,12 +129,11 @@ def check_coefficients(function: Callable[..., Any], names: Sequence[str], of: s
             f"{', '.join(names) or 'none'}, but {function.__name__!r} returns {'no tuple' if found is None else found}: return "
             "one value for each, in order, as a tuple written out, or declare in `states=` what is a state"
         )
+    check(function, of_coefficients=True)
 
 
-def _check_expression(part: ast.AST, known: set[str], refuse: Callable[[ast.AST, str, str], None]) -> None:
-    if isinstance(part, ast.Constant):
-        refuse(part, f"holds the literal {part.value!r}", "make it a coefficient (Numba would compute in float64)")
-    elif isinstance(part, ast.BinOp) and not isinstance(part.op, _OPERATORS):
+def _check_expression(part: ast.AST, refuse: Callable[[ast.AST, str, str], None]) -> None:
+    if isinstance(part, ast.BinOp) and not isinstance(part.op, _OPERATORS):
         refuse(part, f"uses an operator in `{ast.unparse(part)}`", "use + - * / & |, and write powers as products")
     elif isinstance(part, ast.Compare) and not all(isinstance(op, _COMPARISONS) for op in part.ops):
         refuse(part, f"compares by `{ast.unparse(part)}`", "use < <= > >= == !=")
@@ -123,10 +141,6 @@ def _check_expression(part: ast.AST, known: set[str], refuse: Callable[[ast.AST,
         refuse(part, f"uses an operator in `{ast.unparse(part)}`", "turn the comparison around, or use where(condition, a, b)")
     elif isinstance(part, ast.BoolOp | ast.IfExp):
         refuse(part, f"decides on data in `{ast.unparse(part)}`", "use where(condition, a, b), & and |")
-    elif isinstance(part, ast.Call):
-        name = ast.unparse(part.func)
-        if name not in (*RULE_NAMES, *known):
-            refuse(part, f"calls `{name}`", f"call {', '.join(RULE_NAMES)}, or a helper function of the same module")
     elif isinstance(part, ast.Attribute | ast.Subscript | ast.Lambda | ast.Starred):
         refuse(part, f"uses `{ast.unparse(part)}`", "use names, + - * /, comparisons and the functions that rules may call")
 

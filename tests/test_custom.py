@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+import fusedopt
 from cases import copies, draw_gradients, make_parameters
 from fusedopt.custom import Rule, RuleError, RuleOptimizer, maximum, power, sign, sqrt, where
 from fusedopt.kernels import backends
@@ -131,6 +132,10 @@ BAD_CLASSES = {
     "no learning rate": ({"rule": RULE, "hyperparameters": {"beta": 0.1}}, "with 'lr'"),
     "a hyperparameter too many": ({"rule": RULE, "hyperparameters": {"lr": 0.1, "beta": 0.1}}, "take it in `coefficients`"),
     "a hyperparameter missing": ({"rule": Signs.rule, "hyperparameters": {"lr": 0.1, "beta1": 0.1}}, "give each a default"),
+    "an option of every optimizer": (
+        {"rule": RULE, "hyperparameters": {"lr": 0.1, "weight_decay": 0.5}},
+        "names weight_decay, which every optimizer has as an option",
+    ),
     "a start of no state": ({"rule": RULE, "hyperparameters": {"lr": 0.1}, "initial": {"sum": 1.0}}, "names \\['sum'\\]"),
 }
 
@@ -139,6 +144,47 @@ BAD_CLASSES = {
 def test_a_class_that_cannot_work_is_refused_when_it_is_defined(attributes, message):
     with pytest.raises(RuleError, match=message):
         declare(**attributes)
+
+
+def of_coefficients_alone(p, g, lr, floor):
+    return (p - maximum(lr, sqrt(floor)) * where(lr > floor, g, lr) * sign(floor),)
+
+
+def of_coefficients_alone_coefficients(step, average, lr, floor):
+    # Divides by zero where the average is one, and it starts at zero.
+    return lr / (1.0 - average), floor, average
+
+
+def test_functions_of_coefficients_alone():
+    """On numbers, in a rule that operations of torch run; and tried with the scalars that parameters have."""
+    one = declare(
+        rule=Rule(of_coefficients_alone, of_coefficients_alone_coefficients, scalars=("average",)),
+        hyperparameters={"lr": 0.1, "floor": 0.0625},
+    )
+    results = []
+    for backend in ("numba", "numpy", "tensor"):
+        param = torch.nn.Parameter(torch.ones(5))
+        optimizer = one([param])
+        param.grad = torch.arange(5.0)
+        with backends.use(backend):
+            optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[2], results[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": 0.9}, "it must be two numbers"),
+        ({"betas": (0.9,)}, "it must be two numbers"),
+        ({"lr": (0.1, 0.2)}, "must be a number"),
+    ],
+    ids=str,
+)
+def test_pairs_and_numbers_are_told_apart(options, message):
+    with pytest.raises(TypeError, match=message):
+        fusedopt.Lion(make_parameters([(3,)]), **options)
 
 
 def branches(p, g, lr):

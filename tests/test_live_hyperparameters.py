@@ -95,6 +95,33 @@ def test_states_of_rmsprop_switched_on_in_mid_run(options):
     assert all(map(torch.equal, params, right.param_groups[0]["params"]))
 
 
+@pytest.mark.parametrize("named_parameters", [False, True], ids=["parameters", "named parameters"])
+def test_settings_are_read_again_only_where_they_have_changed(named_parameters):
+    params = make_parameters(SHAPES)
+    optimizer = fusedopt.AdamW([(f"p{i}", p) for i, p in enumerate(params)] if named_parameters else params)
+    step(named("adamw"), optimizer)
+    before = optimizer._settings
+    step(named("adamw"), optimizer)
+    assert optimizer._settings is before
+    optimizer.param_groups[0]["lr"] = 0.5
+    step(named("adamw"), optimizer)
+    assert optimizer._settings is not before
+
+
+@pytest.mark.parametrize("write", ["fill_", "data", "numpy"])
+def test_a_step_count_may_be_written_in_any_way(write):
+    """Of one parameter, whose coefficients are then other ones than those of its group."""
+    case = named("adam")
+    params = make_parameters(SHAPES)
+    optimizer = case.make_ours(params)
+    for _ in range(3):
+        step(case, optimizer)
+    count = optimizer.state[params[1]]["step"]
+    {"fill_": count.fill_, "data": count.data.fill_, "numpy": count.numpy().fill}[write](0.0)
+    step(case, optimizer)
+    assert [float(optimizer.state[p]["step"]) for p in params] == [4.0, 1.0, 4.0]
+
+
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])
 def test_fused_switched_in_mid_run(name):
     """The states are the same ones, so any implementation can take over from any other."""

@@ -157,6 +157,25 @@ def test_amsgrad_keeps_nan(backend):
     assert largest[2::3].isfinite().all()
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_centered_rmsprop_survives_equal_gradients(momentum):
+    """Their variance is zero, and negative by rounding here and there: the root of that is NaN, in torch too."""
+    param = torch.nn.Parameter(torch.ones(2000))
+    optimizer = fusedopt.RMSprop([param], lr=1e-4, centered=True, momentum=momentum)
+    param.grad = torch.randn(2000)
+    for _ in range(1500):
+        optimizer.step()
+    assert param.isfinite().all()
+
+
+def test_radam_with_a_learning_rate_of_zero_leaves_all_as_it_is():
+    """Also where the root and eps are zero: the first steps do not divide by them."""
+    param = torch.nn.Parameter(torch.ones(9))
+    param.grad = torch.zeros(9)
+    fusedopt.RAdam([param], lr=0.0, eps=0.0).step()
+    assert (param == 1).all()
+
+
 def test_no_gradient_and_no_eps_is_zero_by_zero():
     """As torch has it: 0 / 0 is NaN, and nobody's eps is put in unasked."""
     param = torch.nn.Parameter(torch.ones(9))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -86,6 +87,13 @@ def negated(p, g, lr):
     return (lr * -g,)
 
 
+SCALE = 0.5
+
+
+def reads_a_global(p, g, lr):
+    return (p - lr * SCALE * g,)
+
+
 def in_place(p, g, lr):
     p -= lr * g
     return (p,)
@@ -107,6 +115,7 @@ def in_place(p, g, lr):
         (methods, (), "calls `g.sqrt`"),
         (foreign_function, (), "calls `torch.sqrt`"),
         (inverted, (), "turn the comparison around"),
+        (reads_a_global, (), "reads `SCALE`"),
         (in_place, (), "plain assignments"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -115,6 +124,37 @@ def test_rule_is_refused_where_it_is_defined(update, states, message):
     with pytest.raises(RuleError, match=message) as raised:
         Rule(update, lr_alone, states=states)
     assert update.__name__ in str(raised.value)
+
+
+def descent(p, g, lr):
+    return (p - lr * g,)
+
+
+def branching(step, lr):
+    if step > 3:
+        lr = 0.5 * lr
+    return (lr,)
+
+
+def of_another_module(step, lr):
+    return (math.exp(-step) * lr,)
+
+
+def enclosing(rate):
+    def coefficients(step, lr):
+        return (rate * lr,)
+
+    return coefficients
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"),
+    [(branching, "branches or loops"), (of_another_module, "calls `math.exp`"), (enclosing(0.5), "reads `rate` of the function")],
+    ids=["branch", "function of another module", "closure"],
+)
+def test_coefficients_that_no_gpu_could_compute_are_refused_where_they_are_defined(coefficients, message):
+    with pytest.raises(RuleError, match=message):
+        Rule(descent, coefficients)
 
 
 def test_message_names_the_line():

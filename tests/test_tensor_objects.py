@@ -10,7 +10,7 @@ import torch
 
 import fusedopt
 from cases import copies, draw_gradients, each_case, make_parameters
-from fusedopt.kernels import tensor_objects
+from fusedopt.kernels import object_layout, tensor_objects
 from snapshot import same_bits
 
 SHAPES = [(12,), (6, 8), (2, 3, 4), ()]
@@ -32,7 +32,7 @@ def watched():
 def test_layout_is_found_time_and_again():
     kept = []
     for size in range(200):
-        assert tensor_objects._find_layout() == tensor_objects.layout()
+        assert object_layout._find_layout() == tensor_objects.layout()
         kept = [torch.ones(size + 1, requires_grad=True), *kept[: size % 7]]  # freed memory with other contents
 
 
@@ -40,7 +40,7 @@ def test_layout_is_found_time_and_again():
 def test_layout_does_not_depend_on_the_default_dtype(dtype):
     torch.set_default_dtype(dtype)
     try:
-        assert tensor_objects._find_layout() == tensor_objects.layout()
+        assert object_layout._find_layout() == tensor_objects.layout()
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -197,8 +197,8 @@ def test_steps_are_the_same_where_objects_cannot_be_read(case, known, monkeypatc
 @pytest.mark.parametrize("lie", ["_tensor_words", "_storage_words"])
 def test_an_unexpected_layout_is_refused(lie, monkeypatch):
     """As if another release of torch had put everything elsewhere."""
-    honest = getattr(tensor_objects, lie)
-    monkeypatch.setattr(tensor_objects, lie, lambda tensor: [0, *honest(tensor)[:-1]])
+    honest = getattr(object_layout, lie)
+    monkeypatch.setattr(object_layout, lie, lambda tensor: [0, *honest(tensor)[:-1]])
     tensor_objects.layout.cache_clear()
     try:
         assert tensor_objects.layout() is None
@@ -208,8 +208,8 @@ def test_an_unexpected_layout_is_refused(lie, monkeypatch):
 
 def test_a_layout_that_misses_a_difference_is_refused():
     found = tensor_objects.layout()
-    tensor_objects._try(found)
+    object_layout._try(found)
     for place in (found.offset + 2, found.offset + 3):  # dtype and device; keys
         kind = tuple((each, mask) for each, mask in found.kind if each != place)
-        with pytest.raises(tensor_objects._UnexpectedError, match="alike"):
-            tensor_objects._try(replace(found, kind=kind))
+        with pytest.raises(object_layout._UnexpectedError, match="alike"):
+            object_layout._try(replace(found, kind=kind))
