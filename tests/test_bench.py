@@ -454,7 +454,7 @@ def test_a_wrong_subject_is_in_the_report_and_in_the_exit_status(tmp_path, monke
         (run.Choice(cases=("1x1M",)), set(run.RECORDED), None),
         (run.Choice(), set(run.RECORDED), None),
     ],
-    ids=str,
+    ids=["one case and optimizer", "one subject", "one part", "two parts", "one case", "all"],
 )
 def test_choices(choice, kinds, number, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
