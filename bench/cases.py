@@ -104,6 +104,7 @@ def llama_stack(available: int) -> Case:
 
 SYNTHETIC = (
     Case.equal(1, 20_000_000),
+    Case.equal(1, 10_000_000),
     Case.equal(1, 1_000_000),
     Case.equal(100, 50_000),
     Case.equal(1_000, 1_000),

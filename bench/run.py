@@ -50,7 +50,7 @@ class Extent:
 FULL = Extent(
     seconds=5.0,
     cases=tuple(CASES),
-    other_cases=("1x20M", "1000x1k", "resnet50"),
+    other_cases=("1x10M", "1000x1k", "resnet50"),
     bfloat16_cases=("1x20M", "1x1M", "resnet50"),
     surrounded_cases=("1x20M", "1x1M", "100x50k", "1000x1k"),
     first_steps=MAIN_OPTIMIZERS,
