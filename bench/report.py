@@ -191,18 +191,19 @@ def _main_optimizers(record: SimpleNamespace) -> list[Section]:
     return sections
 
 
+def _beside(theirs: SimpleNamespace, ours: SimpleNamespace) -> list[str]:
+    """The times of both, and their ratio with the same gradients and with moved ones."""
+    times = [_number(each.milliseconds.median) for each in (theirs, ours)]
+    return [*times, _spread(ours.ratio), _spread(ours.moved_ratio)]
+
+
 def _other_optimizers(record: SimpleNamespace) -> Section:
     names = list(dict.fromkeys(r.optimizer for r in record.results if r.optimizer not in MAIN_OPTIMIZERS))
     rows = []
     for result in _on_cpu(record, names):
         ours, theirs = _timing(result, "fusedopt"), _timing(result, result.baseline)
         if ours and theirs and ours.milliseconds:
-            numbers = [
-                _number(theirs.milliseconds.median),
-                _number(ours.milliseconds.median),
-                _spread(ours.ratio),
-                _spread(ours.moved_ratio),
-            ]
+            numbers = _beside(theirs, ours)
             rows.append([result.optimizer, result.title, theirs.subject, *numbers, _percent(ours.share_of_limit)])
     if not rows:
         return Section("Other optimizers")
@@ -219,12 +220,7 @@ def _bfloat16(record: SimpleNamespace) -> Section:
     for result in record.bfloat16:
         ours, theirs = _timing(result, "fusedopt, bfloat16"), _timing(result, result.baseline)
         if ours and theirs and ours.milliseconds:
-            numbers = [
-                _number(theirs.milliseconds.median),
-                _number(ours.milliseconds.median),
-                _spread(ours.ratio),
-                _spread(ours.moved_ratio),
-            ]
+            numbers = _beside(theirs, ours)
             rows.append(
                 [result.optimizer, result.title, *numbers, f"{ours.gigabytes_per_second:.1f}", _percent(ours.share_of_limit)]
             )
