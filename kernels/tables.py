@@ -235,7 +235,6 @@ class Bucket:
     def _set_scalars(self, scalars: Tensor) -> None:
         #: [1 + scalars, tensors]; step counts first.
         self.scalars = scalars
-        self.steps = scalars[0]
         #: The same numbers where the host counts.
         self.numbers = scalars.numpy() if scalars.device.type == "cpu" else numpy.zeros((0, 0))
         #: What stands in the parameters' states: the numbers of each tensor, by name.
@@ -315,7 +314,7 @@ class Bucket:
             rows = launch.row_of_tensor[active]
             self.numbers[1:, active] = launch.scalars[rows].T
         self.numbers[0] += 1 if active is self.everyone else active
-        torch.autograd.graph.increment_version([self.steps])
+        torch.autograd.graph.increment_version([self.scalars])
         self._rows_numbers = self.numbers.copy()  # those that advance together stay together
 
     def rows(self, active: NDArray[numpy.bool_]) -> tuple[list[tuple[int, int]], NDArray[numpy.int64]]:
