@@ -250,6 +250,44 @@ def prepare(kind: Kind) -> None:
     _prepare_kernel(kind)
 
 
+def run_arguments(
+    kind: Kind,
+    addresses: Any,
+    sizes: Any,
+    chunks: Any,
+    row_of_tensor: Any,
+    coefficients: Any,
+    found_inf: Any,
+    tensors: int,
+    aligned: bool,
+    lanes: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what the kernel of ``kind`` is launched with, by position and by name.
+
+    Tables are tensors, or dtypes where the kernel is only compiled; ``found_inf`` is None where nobody scales the loss.
+    """
+    guarded = found_inf is not None
+    by_position = addresses, sizes, chunks, row_of_tensor, coefficients, found_inf if guarded else coefficients, tensors
+    return by_position, {"ALIGNED": aligned, "GUARDED": guarded, "BLOCK": BLOCK, **options(kind, lanes)}
+
+
+def prepare_arguments(
+    scalars: Any,
+    active: Any,
+    group_of_tensor: Any,
+    hyperparameters: Any,
+    coefficients: Any,
+    found_inf: Any,
+    grad_scale: Any,
+    tensors: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a kernel that computes coefficients is launched with, as above."""
+    guarded, scaled = found_inf is not None, grad_scale is not None
+    scaling = (found_inf if guarded else coefficients, grad_scale if scaled else coefficients)
+    by_position = scalars, active, group_of_tensor, hyperparameters, coefficients, *scaling, tensors
+    return by_position, {"GUARDED": guarded, "SCALED": scaled, "BLOCK": _TENSORS_A_PROGRAM, "num_warps": 1, **_OPTIONS}
+
+
 class _Tables:
     """What a bucket keeps on its device."""
 
@@ -312,20 +350,12 @@ def run(bucket: Bucket, launch: Launch) -> None:
             addresses, rows, numbers = slot.split([part.size for part in parts])
             coefficients = numbers.view(bucket.kind.compute.dtype)
         found_inf = None if launch.loss_scale is None else _on(tables.device, launch.loss_scale.found_inf)
+        count = len(bucket.members)
         for aligned, chunks in tables.chunks(bucket, launch):
-            _kernel(launch.kind).run[(len(chunks),)](
-                addresses,
-                tables.sizes,
-                chunks,
-                rows,
-                coefficients,
-                coefficients if found_inf is None else found_inf,
-                len(bucket.members),
-                ALIGNED=aligned,
-                GUARDED=found_inf is not None,
-                BLOCK=BLOCK,
-                **options(launch.kind, tables.lanes),
+            by_position, by_name = run_arguments(
+                launch.kind, addresses, tables.sizes, chunks, rows, coefficients, found_inf, count, aligned, tables.lanes
             )
+            _kernel(launch.kind).run[(len(chunks),)](*by_position, **by_name)
         slot.in_use()
 
 
@@ -359,19 +389,8 @@ def _prepare_on_device(bucket: Bucket, launch: Launch, tables: _Tables) -> tuple
     scale = launch.loss_scale
     found_inf = None if scale is None else _on(tables.device, scale.found_inf)
     grad_scale = None if scale is None else _on(tables.device, scale.grad_scale)
-    _prepare_kernel(launch.kind).prepare[(-(-count // _TENSORS_A_PROGRAM),)](
-        bucket.scalars,
-        active,
-        groups,
-        hyperparameters,
-        tables.coefficients,
-        tables.coefficients if found_inf is None else found_inf,
-        tables.coefficients if grad_scale is None else grad_scale,
-        count,
-        GUARDED=found_inf is not None,
-        SCALED=grad_scale is not None,
-        BLOCK=_TENSORS_A_PROGRAM,
-        num_warps=1,
-        enable_fp_fusion=False,
+    by_position, by_name = prepare_arguments(
+        bucket.scalars, active, groups, hyperparameters, tables.coefficients, found_inf, grad_scale, count
     )
+    _prepare_kernel(launch.kind).prepare[(-(-count // _TENSORS_A_PROGRAM),)](*by_position, **by_name)
     return addresses, rows, tables.coefficients, slot

@@ -258,21 +258,21 @@ def far_block(elements, dtype):
     kind = Kind(Update(adam), (FORMATS[dtype],) * 4)
     block = [torch.randn(gpu.BLOCK).abs().to(dtype) for _ in range(4)]
     before = [values.clone() for values in block]
+    by_position, by_name = gpu.run_arguments(
+        kind,
+        # Of the whole tensor, which begins far below.
+        addresses=torch.tensor([values.data_ptr() - (elements - gpu.BLOCK) * dtype.itemsize for values in block]),
+        sizes=torch.tensor([elements]),
+        chunks=torch.tensor([0, elements // gpu.BLOCK - 1], dtype=torch.int32),
+        row_of_tensor=torch.tensor([0]),
+        coefficients=torch.tensor([1.0, 1.0, 0.125, 0.5, 0.5, 0.5, 0.5, 1.0]),
+        found_inf=None,
+        tensors=1,
+        aligned=True,
+        lanes=32,
+    )
     with steps.executing("sm_90"), memory(*block):
-        gpu._kernel(kind).run[(1,)](
-            # Of the whole tensor, which begins far below.
-            torch.tensor([values.data_ptr() - (elements - gpu.BLOCK) * dtype.itemsize for values in block]),
-            torch.tensor([elements]),
-            torch.tensor([0, elements // gpu.BLOCK - 1], dtype=torch.int32),
-            torch.tensor([0]),
-            torch.tensor([1.0, 1.0, 0.125, 0.5, 0.5, 0.5, 0.5, 1.0]),
-            torch.zeros(1),
-            1,
-            ALIGNED=True,
-            GUARDED=False,
-            BLOCK=gpu.BLOCK,
-            **gpu.options(kind, 32),
-        )
+        gpu._kernel(kind).run[(1,)](*by_position, **by_name)
     p, g, m, v = (values.float().numpy() for values in before)
     half = numpy.float32(0.5)
     m, v = half * m + half * g, half * v + half * g * g

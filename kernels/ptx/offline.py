@@ -23,22 +23,20 @@ def compile_update(kind: Kind, target: str, aligned: bool = True, guarded: bool 
         aligned: for tensors whose memory is aligned, or for others.
         guarded: whether the kernel asks if a gradient scaler has found infinities.
     """
-    numbers = kind.compute.dtype
+    by_position, by_name = gpu.run_arguments(
+        kind,
+        addresses=torch.int64,
+        sizes=torch.int64,
+        chunks=torch.int32,
+        row_of_tensor=torch.int64,
+        coefficients=kind.compute.dtype,
+        found_inf=torch.float32 if guarded else None,
+        tensors=_TENSORS,
+        aligned=aligned,
+        lanes=TARGETS[target].warp_size,
+    )
     with driver(target):
-        return gpu._kernel(kind).run.warmup(
-            torch.int64,
-            torch.int64,
-            torch.int32,
-            torch.int64,
-            numbers,
-            torch.float32 if guarded else numbers,
-            _TENSORS,
-            ALIGNED=aligned,
-            GUARDED=guarded,
-            BLOCK=gpu.BLOCK,
-            grid=(1,),
-            **gpu.options(kind, TARGETS[target].warp_size),
-        )
+        return gpu._kernel(kind).run.warmup(*by_position, grid=(1,), **by_name)
 
 
 def compile_prepare(kind: Kind, target: str, guarded: bool = False, scaled: bool = False) -> Any:
@@ -50,21 +48,15 @@ def compile_prepare(kind: Kind, target: str, guarded: bool = False, scaled: bool
         guarded: whether the kernel asks if a gradient scaler has found infinities.
         scaled: whether it reads a loss scale.
     """
-    numbers = kind.compute.dtype
+    by_position, by_name = gpu.prepare_arguments(
+        scalars=torch.float32,
+        active=torch.int64,
+        group_of_tensor=torch.int64,
+        hyperparameters=torch.float64,
+        coefficients=kind.compute.dtype,
+        found_inf=torch.float32 if guarded else None,
+        grad_scale=torch.float32 if scaled else None,
+        tensors=_TENSORS,
+    )
     with driver(target):
-        return gpu._prepare_kernel(kind).prepare.warmup(
-            torch.float32,
-            torch.int64,
-            torch.int64,
-            torch.float64,
-            numbers,
-            torch.float32 if guarded else numbers,
-            torch.float32 if scaled else numbers,
-            _TENSORS,
-            GUARDED=guarded,
-            SCALED=scaled,
-            BLOCK=gpu._TENSORS_A_PROGRAM,
-            num_warps=1,
-            enable_fp_fusion=False,
-            grid=(1,),
-        )
+        return gpu._prepare_kernel(kind).prepare.warmup(*by_position, grid=(1,), **by_name)

@@ -57,20 +57,20 @@ def execute_rule(rule: Rule, target: str, size: int = 2 * gpu.BLOCK + 5) -> dict
         right = update.apply(ARRAYS, p, g, states, list(coefficients[1:].numpy()))
     owned = [array.clone() for array in arrays]
     chunks = torch.tensor([[0, index] for index in range(-(-size // gpu.BLOCK))], dtype=torch.int32)
+    by_position, by_name = gpu.run_arguments(
+        kind,
+        addresses=torch.tensor([array.data_ptr() for array in owned]),
+        sizes=torch.tensor([size]),
+        chunks=chunks,
+        row_of_tensor=torch.tensor([0]),
+        coefficients=coefficients,
+        found_inf=None,
+        tensors=1,
+        aligned=all(array.data_ptr() % 16 == 0 for array in owned),
+        lanes=TARGETS[target].warp_size,
+    )
     with steps.executing(target), memory(*owned):
-        gpu._kernel(kind).run[(len(chunks),)](
-            torch.tensor([array.data_ptr() for array in owned]),
-            torch.tensor([size]),
-            chunks,
-            torch.tensor([0]),
-            coefficients,
-            coefficients,
-            1,
-            ALIGNED=all(array.data_ptr() % 16 == 0 for array in owned),
-            GUARDED=False,
-            BLOCK=gpu.BLOCK,
-            **gpu.options(kind, TARGETS[target].warp_size),
-        )
+        gpu._kernel(kind).run[(len(chunks),)](*by_position, **by_name)
     found = [owned[0], *owned[2:]]
     return {
         name: differing_elements(mine, torch.from_numpy(numpy.asarray(theirs, numpy.float32)))
