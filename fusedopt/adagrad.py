@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedopt.kernels import rules
 from fusedopt.kernels.rule import Update
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import StepOptions
 from fusedopt.settings import decay_of
 
 
@@ -37,6 +39,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         differentiable: True asks for torch's own, through which autograd can pass (default: False).
         fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
         capturable: keep step counts on the GPU, so that a CUDA graph can capture a step (default: False).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
@@ -69,6 +72,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -82,7 +86,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
-        self._set_options(capturable=capturable)
+        self._set_options(options, capturable=capturable)
 
     def _initial(self, group: dict[str, Any], name: str) -> Any:  # noqa: ARG002  # there is one state
         return self.defaults["initial_accumulator_value"]  # and not the group's, as torch has it

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedopt.kernels import rules
 from fusedopt.kernels.rule import Update
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import StepOptions
 from fusedopt.settings import decay_of
 
 
@@ -47,6 +49,7 @@ class Adam(_AdamKernels, torch.optim.Adam):
         differentiable: True asks for torch's own, through which autograd can pass (default: False).
         fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
         decoupled_weight_decay: theta (1 - alpha lambda) in place of the sum with the gradient, as AdamW (default: False).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
@@ -78,6 +81,7 @@ class Adam(_AdamKernels, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -93,6 +97,7 @@ class Adam(_AdamKernels, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        self._set_options(options)
 
 
 class AdamW(_AdamKernels, torch.optim.AdamW):
@@ -118,6 +123,7 @@ class AdamW(_AdamKernels, torch.optim.AdamW):
         capturable: keep step counts on the GPU, so that a CUDA graph can capture a step (default: False).
         differentiable: True asks for torch's own, through which autograd can pass (default: False).
         fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
@@ -147,6 +153,7 @@ class AdamW(_AdamKernels, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -161,3 +168,4 @@ class AdamW(_AdamKernels, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        self._set_options(options)

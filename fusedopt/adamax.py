@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedopt.kernels import rules
 from fusedopt.kernels.rule import Update
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import StepOptions
 from fusedopt.settings import decay_of
 
 
@@ -37,6 +39,7 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         differentiable: True asks for torch's own, through which autograd can pass (default: False).
         capturable: keep step counts on the GPU, so that a CUDA graph can capture a step (default: False).
         fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
@@ -67,6 +70,7 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         differentiable: bool = False,
         capturable: bool = False,
         fused: bool | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -79,7 +83,7 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
             differentiable=differentiable,
             capturable=capturable,
         )
-        self._set_options(fused=fused)
+        self._set_options(options, fused=fused)
 
     def _update(self, group: dict[str, Any], decays: bool) -> Update:  # noqa: ARG002  # of any group
         return decay_of(rules.adamax, decays, decoupled=False)

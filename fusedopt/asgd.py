@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedopt.kernels import rules
 from fusedopt.kernels.rule import Update
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import StepOptions
 from fusedopt.settings import decay_of
 
 
@@ -40,6 +42,7 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         differentiable: True asks for torch's own, through which autograd can pass (default: False).
         capturable: keep step counts on the GPU, so that a CUDA graph can capture a step (default: False).
         fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
@@ -71,6 +74,7 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         capturable: bool = False,
         *,
         fused: bool | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -84,7 +88,7 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
             differentiable,
             capturable,
         )
-        self._set_options(fused=fused)
+        self._set_options(options, fused=fused)
 
     def _initial(self, group: dict[str, Any], name: str) -> Any:
         return {"eta": group["lr"], "mu": 1.0}.get(name, 0.0)

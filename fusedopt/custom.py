@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fusedopt import options
 from fusedopt.kernels.math import absolute, maximum, nonzero, power, sign, sqrt, where
 from fusedopt.kernels.rule import Rule, Update
 from fusedopt.kernels.source import RuleError
@@ -39,6 +40,7 @@ __all__ = ["Rule", "RuleError", "RuleOptimizer", "absolute", "maximum", "nonzero
 
 #: What the constructor takes beside hyperparameters, and groups hold.
 _OPTIONS = {"params", "weight_decay", "decoupled_weight_decay", "maximize", "capturable", "differentiable", "foreach", "fused"}
+_OPTIONS |= set(options.DEFAULTS)
 
 
 class RuleOptimizer(FusedOptimizer):
@@ -68,7 +70,8 @@ class RuleOptimizer(FusedOptimizer):
         capturable: keep step counts on the GPU, so that a CUDA graph can capture a step (default: False).
         fused: None takes a kernel where one serves, True insists on it, False has operations of torch run the rule
             (default: None).
-        hyperparameters: the others by name (default: the class's).
+        hyperparameters: the others by name (default: the class's), and what else happens in the pass of a step,
+            :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         TypeError: for a hyperparameter that the class does not have, or one that is no number.
@@ -120,6 +123,7 @@ class RuleOptimizer(FusedOptimizer):
         fused: bool | None = None,
         **hyperparameters: Any,
     ) -> None:
+        chosen = {name: hyperparameters.pop(name) for name in options.StepOptions.__annotations__ if name in hyperparameters}
         unknown = sorted(set(hyperparameters) - set(self.hyperparameters))
         if unknown:
             raise TypeError(
@@ -139,7 +143,7 @@ class RuleOptimizer(FusedOptimizer):
             raise ValueError(f"Invalid learning rate: {own['lr']}")
         if not weight_decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        options = {
+        common = {
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
@@ -147,7 +151,8 @@ class RuleOptimizer(FusedOptimizer):
             "differentiable": False,
             "fused": fused,
         }
-        super().__init__(params, {**own, **options})
+        super().__init__(params, {**own, **common})
+        self._set_options(chosen)
 
     @property
     def _sparse_message(self) -> str:  # type: ignore[override]

@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedopt.custom import RuleOptimizer
 from fusedopt.kernels import rules
+from fusedopt.options import StepOptions
 
 
 class Lion(RuleOptimizer):
@@ -32,6 +34,7 @@ class Lion(RuleOptimizer):
         maximize: climb instead of descending (default: False).
         fused: None takes a kernel where one serves, True insists on it, False has operations of torch run the rule
             (default: None).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range.
@@ -56,6 +59,7 @@ class Lion(RuleOptimizer):
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         fused: bool | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -65,6 +69,7 @@ class Lion(RuleOptimizer):
             decoupled_weight_decay=decoupled_weight_decay,
             maximize=maximize,
             fused=fused,
+            **options,
         )
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:

@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedopt.custom import RuleOptimizer
 from fusedopt.kernels import rules
+from fusedopt.options import StepOptions
 
 
 class Momentum(RuleOptimizer):
@@ -31,6 +33,7 @@ class Momentum(RuleOptimizer):
         maximize: climb instead of descending (default: False).
         fused: None takes a kernel where one serves, True insists on it, False has operations of torch run the rule
             (default: None).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range.
@@ -55,6 +58,7 @@ class Momentum(RuleOptimizer):
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         fused: bool | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta value: {beta}")
@@ -66,4 +70,5 @@ class Momentum(RuleOptimizer):
             decoupled_weight_decay=decoupled_weight_decay,
             maximize=maximize,
             fused=fused,
+            **options,
         )

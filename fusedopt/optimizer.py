@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,14 +12,17 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from fusedopt import checkpoints, paths
-from fusedopt.kernels import backends
-from fusedopt.kernels.members import check_member, waves
+from fusedopt import checkpoints, paths, planning
+from fusedopt.kernels import backends, layout
+from fusedopt.kernels.norms import Clipping
 from fusedopt.kernels.plan import Plan
 from fusedopt.kernels.rule import Update
-from fusedopt.kernels.tables import Hyperparameters, LossScale, Member
-from fusedopt.prepared import Prepared, TorchView, levels_to_caller, new_state, same_objects
-from fusedopt.settings import IMPLEMENTATION_OPTIONS, Settings, as_number
+from fusedopt.kernels.tables import Hyperparameters, Launch, LossScale
+from fusedopt.options import DEFAULTS as STEP_DEFAULTS
+from fusedopt.options import StepOptions
+from fusedopt.options import check as check_options
+from fusedopt.prepared import Prepared, TorchView
+from fusedopt.settings import IMPLEMENTATION_OPTIONS, Settings
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -43,6 +45,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _settings: Settings | None = None
     _prepared: Prepared | None = None
     _warned: frozenset[str] = frozenset()
+    _grad_norm: Tensor | None = None
+    _skipped_steps: Tensor | None = None
     #: Plans whose tables CUDA graphs read when they are replayed; they must live as long.
     _captured: Sequence[Plan] = ()
 
@@ -50,8 +54,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return the update of ``group``; ``decays`` tells whether any group has a weight decay."""
         raise NotImplementedError
 
-    def _set_options(self, **options: Any) -> None:
+    def _set_options(self, step_options: Mapping[str, Any], **options: Any) -> None:
         """Add options that torch's constructor does not take to all groups."""
+        check_options(step_options, type(self).__name__)
+        options = {**STEP_DEFAULTS, **step_options, **options}
         if options.get("fused"):
             if self.defaults["differentiable"]:
                 raise RuntimeError("`fused` does not support `differentiable`")
@@ -59,25 +65,57 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self.defaults.update(options)
         for group in self.param_groups:
-            for name, value in options.items():
-                group.setdefault(name, value)
+            self._complete(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as torch.optim does."""
+        if "clips_alone" in self.defaults and isinstance(param_group, dict):  # not while torch's constructor adds the first
+            self._complete(param_group)
+        super().add_param_group(param_group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Give ``group`` the options of ours that it has not set for itself."""
+        alone = group.get("max_grad_norm") is not None
+        if alone and self.defaults["max_grad_norm"] is not None:
+            raise ValueError(
+                f"max_grad_norm={self.defaults['max_grad_norm']} of the constructor clips by the norm over all groups, and a "
+                f"group's own max_grad_norm={group['max_grad_norm']} by the norm of that group: give one or the other"
+            )
+        group.setdefault("clips_alone", alone)
+        for name, _ in self.own_options():
+            group.setdefault(name, self.defaults[name])
+        check_options({name: group[name] for name in StepOptions.__annotations__}, type(self).__name__)
+
+    @classmethod
+    def own_options(cls) -> tuple[tuple[str, Any], ...]:
+        """Return the options that torch's class does not have, with what they are in its checkpoints."""
+        return (*cls._own_options, *STEP_DEFAULTS.items())
 
     def _initial(self, group: dict[str, Any], name: str) -> Any:  # noqa: ARG002  # for subclasses
         """Return the number that the state or scalar ``name`` of a parameter of ``group`` starts from."""
         return 0.0
 
-    def _torch_lacks(self, group: dict[str, Any]) -> str | None:  # noqa: ARG002  # for subclasses
+    def _lacking(self, group: dict[str, Any]) -> str | None:
         """Return which option of ``group`` torch's own implementation does not know, or None."""
+        for name in ("max_grad_norm", "skip_nonfinite", "ema_decay"):
+            if group.get(name) not in (None, False):
+                return f"{name}={group[name]}"
+        return self._torch_lacks(group)
+
+    def _torch_lacks(self, group: dict[str, Any]) -> str | None:  # noqa: ARG002  # for subclasses
+        """Return which option of this class torch's own implementation does not know, or None."""
         return None
 
     # --- what torch.optim.Optimizer promises ---
 
     @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Update all parameters that have gradients, in place; wholly, or not at all if an error is raised.
 
         Args:
             closure: reevaluates the model and returns the loss (default: None).
+            zero_grad: whether to leave all gradients zero, in the same pass; also where the step itself is left out
+                (default: False).
 
         Returns:
             What ``closure`` returned, or None.
@@ -93,9 +131,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             # Dynamo compiles what its own code calls, frame by frame, unless told not to.
             if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
-                self._step_uncompiled()
+                self._step_uncompiled(zero_grad)
             else:  # without the wrapper, which costs as much as a small kernel
-                self._step()
+                self._step(zero_grad)
         except BaseException:
             # A gradient scaler takes these back after a good step alone; the next step may be none of its.
             vars(self).pop("found_inf", None)
@@ -105,7 +143,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim does; step counts are copies."""
-        return checkpoints.without_defaults(checkpoints.without_shared_scalars(super().state_dict()), self._own_options)
+        return checkpoints.without_defaults(checkpoints.without_shared_scalars(super().state_dict()), self.own_options())
 
     def __getstate__(self) -> dict[str, Any]:
         return checkpoints.without_shared_scalars(super().__getstate__())
@@ -141,24 +179,27 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self._own_options:
+            for name, value in self.own_options():
                 group.setdefault(name, value)
 
     # --- the step ---------------------------------------------------------------------------------------------------------
 
     @_disable_dynamo
-    def _step_uncompiled(self) -> None:
-        self._step()
+    def _step_uncompiled(self, zero_grad: bool) -> None:
+        self._step(zero_grad)
 
-    def _step(self) -> None:
+    def _step(self, zero_grad: bool = False) -> None:
         loss_scale = self._loss_scale()
         groups = self.param_groups
         parameters: list[Tensor] = [p for group in groups for p in group["params"]]
-        if loss_scale is not None and not any(map(backends.decides_on_device, parameters)) and loss_scale.skips():
-            return
         settings = self._settings
         if settings is None or not settings.hold(groups):
             settings = self._settings = Settings(self)
+        zero_grad |= settings.zero_grad
+        if loss_scale is not None and not any(map(backends.decides_on_device, parameters)) and loss_scale.skips():
+            if zero_grad:
+                layout.zero_gradients(parameters)
+            return
         updates, hyperparameters = settings.updates, settings.hyperparameters
         key = (updates, settings.switches, [len(group["params"]) for group in groups], backends.state())
         prepared = self._prepared
@@ -183,20 +224,61 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"a CUDA graph captures a step of {type(self).__name__} that has not been planned: take a step outside of the "
                     "capture first, with the same parameters, groups and kinds of gradients"
                 )
-            prepared = self._prepare(parameters, gradients, updates, hyperparameters, key)
+            prepared = planning.prepare(self, parameters, gradients, updates, hyperparameters, key)
             assert prepared.plan is not None
             by_part = prepared.plan.gradients(gradients)
             assert by_part is not None
         assert prepared.plan is not None
         if capturing and prepared.plan not in self._captured:
             self._captured = [*self._captured, prepared.plan]
-        launches = prepared.plan.launches(by_part, hyperparameters, loss_scale)
+        clipping = settings.clipping
+        if clipping is not None and prepared.waves:
+            raise RuntimeError(
+                "max_grad_norm and skip_nonfinite measure each gradient once, but parameters share memory or are listed twice: "
+                "leave the doubles out, or clip by fusedopt.clip_grad_norm_"
+            )
+        # What waves have yet to read must not be zero before.
+        launches = prepared.plan.launches(
+            by_part, hyperparameters, loss_scale, zero_grad and not prepared.waves, clipping is not None
+        )
+        if clipping is not None and not self._clip(prepared.plan, launches, clipping):
+            launches = [None] * len(launches)
+            if zero_grad:
+                layout.zero_gradients(parameters)
         if prepared.torch_indices:  # before the kernels, for it checks while it goes
             self._torch_step([parameters[i] for i in sorted(prepared.torch_indices)], loss_scale)
             prepared.watch(self.state)
         prepared.plan.run(launches)
         for wave in prepared.waves:
             self._run_wave(wave, prepared, gradients, updates, hyperparameters, loss_scale)
+        if zero_grad and (prepared.waves or prepared.torch_indices or not any(launches)):
+            layout.zero_gradients(parameters)
+
+    def _clip(self, plan: Plan, launches: Sequence[Launch | None], clipping: Clipping) -> bool:
+        """Have ``launches`` clip gradients; return False where the host leaves the step out."""
+        outcome = plan.clip(launches, clipping)
+        self._grad_norm = outcome.norms if len(clipping.max_norms) > 1 else outcome.norms[0]
+        if not clipping.skip_nonfinite:
+            return True
+        if self._skipped_steps is None or self._skipped_steps.device != outcome.finite.device:
+            before = 0 if self._skipped_steps is None else int(self._skipped_steps)
+            self._skipped_steps = torch.full((), before, dtype=torch.int64, device=outcome.finite.device)
+        self._skipped_steps += ~outcome.finite
+        return plan.decides_on_device or bool(outcome.finite)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients in the last step, in float64, before it was clipped; by group where a group clips alone.
+
+        None before the first step with ``max_grad_norm`` or ``skip_nonfinite``. On a GPU it is a tensor of its own memory
+        that the device may still be about to write.
+        """
+        return self._grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps ``skip_nonfinite`` has left out since this optimizer was made: one whole number, on its device."""
+        return torch.zeros((), dtype=torch.int64, device="cpu") if self._skipped_steps is None else self._skipped_steps
 
     def _check_capture(self) -> None:
         # A rule that counts steps would have its bias corrections frozen in the graph.
@@ -234,9 +316,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 gradients = [p.grad for p in parameters]
             loss_scale = LossScale(loss_scale.found_inf, None)
         group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-        members = [self._member(parameters[i], i, gradients[i], group_of[i], updates[group_of[i]]) for i in wave]
+        members = [planning.member_of(self, parameters[i], i, gradients[i], group_of[i], updates[group_of[i]]) for i in wave]
         plan = Plan(members, updates, [prepared.backends[i] for i in wave])
-        self._attach(plan, members)
+        planning.attach(self, plan, members)
         by_part = plan.gradients(gradients)
         assert by_part is not None
         plan.run(plan.launches(by_part, hyperparameters, loss_scale))
@@ -254,110 +336,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         # Without the wrapper that runs hooks, which torch puts around the step of each class it has built.
         inspect.unwrap(self._torch_class.step)(TorchView(self, groups))
-
-    # --- planning ---------------------------------------------------------------------------------------------------------
-
-    def _member(self, parameter: Tensor, index: int, gradient: Tensor | None, group: int, update: Update) -> Member:
-        """Return ``parameter`` with its state, missing parts made anew but not yet put into ``self.state``."""
-        state: dict[str, Any] = self.state.get(parameter) or {}
-        missing = [name for name in update.states if not isinstance(state.get(name), Tensor)]
-        # A rule that keeps no count has but one question: whether this is its first step.
-        taken = state.get("step", 0.0) if self._counts_steps else bool(update.states) and not missing
-        # A state made in inference mode could not be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            new = {name: new_state(parameter, self._initial(self.param_groups[group], name)) for name in missing}
-        scalars = tuple(
-            as_number(state[name] if name in state else self._initial(self.param_groups[group], name)) for name in update.scalars
-        )
-        capturable = bool(self.param_groups[group].get("capturable"))
-        return Member(parameter, index, gradient, group, as_number(taken), scalars, self._counts_steps, capturable, state, new)
-
-    def _attach(self, plan: Plan, members: Sequence[Member]) -> None:
-        for member in members:
-            if member.counted or member.new:
-                self.state[member.parameter] = member.state
-        plan.attach()
-
-    def _prepare(
-        self,
-        parameters: list[Tensor],
-        gradients: list[Tensor | None],
-        updates: list[Update],
-        hyperparameters: list[Hyperparameters],
-        key: object,
-    ) -> Prepared:
-        prepared = Prepared(parameters, key)
-        known = self._known(parameters, updates)
-        members, index = [], 0
-        for number, (group, update) in enumerate(zip(self.param_groups, updates, strict=True)):
-            for parameter in group["params"]:
-                gradient = gradients[index]
-                if gradient is not None or index in known:
-                    path, reason = paths.choose(self, parameter, gradient, group)
-                    member = None
-                    try:
-                        paths.check(index, parameter, gradient, group, path)
-                        if path != "torch":
-                            member = self._member(parameter, index, gradient, number, update)
-                            check_member(member, update, path)
-                    except RuntimeError:
-                        if gradient is not None:
-                            raise
-                        index += 1  # it rests, and may be as it likes until it has a gradient again
-                        continue
-                    prepared.indices.add(index)
-                    if member is None:
-                        prepared.torch_indices.add(index)
-                        if gradient is not None and gradient.layout != torch.strided:
-                            prepared.sparse_indices.add(index)
-                    else:
-                        if path == "tensor" and group["fused"] is None and group.get("foreach") is None:
-                            self._warn(reason)
-                        members.append(member)
-                        prepared.backends[index] = path
-                index += 1
-        first, *later = waves(members)
-        # Everything that can be refused is refused while planning, before a state is attached or a parameter changes.
-        plan = Plan(first, updates, [prepared.backends[member.index] for member in first])
-        for wave in later:
-            Plan(wave, updates, [prepared.backends[member.index] for member in wave])
-        for owner, step, scalars in {(member.group, member.step, member.scalars) for member in members}:
-            own = hyperparameters[owner]
-            if not any(isinstance(value, Tensor) for value in own.values):
-                updates[owner].coefficients(step + 1.0, scalars, own.maximize, [float(value) for value in own.values])
-        self._attach(plan, first)
-        prepared.plan = plan
-        prepared.waves = [[member.index for member in wave] for wave in later]
-        prepared.watch(self.state)
-        self._prepared = prepared
-        return prepared
-
-    def _known(self, parameters: list[Tensor], updates: list[Update]) -> set[int]:
-        """Return the indices of parameters that rest at present, but have stepped before."""
-        before = self._prepared
-        stepped: set[int] = set()
-        if before is not None and same_objects(before.parameters, parameters):
-            stepped = before.indices - before.torch_indices
-        known, index = set(), 0
-        for group, update in zip(self.param_groups, updates, strict=True):
-            for parameter in group["params"]:
-                state = self.state.get(parameter) or {}
-                # Where a state belongs to the rule, only one that is whole tells; without, only the last plan does.
-                stateful = self._counts_steps or update.states
-                if bool(state) and all(isinstance(state.get(n), Tensor) for n in update.states) if stateful else index in stepped:
-                    known.add(index)
-                index += 1
-        return known
-
-    def _warn(self, reason: str) -> None:
-        if reason not in self._warned and backends.state() == (None, False):
-            self._warned = self._warned | {reason}
-            warnings.warn(
-                f"{type(self).__name__} runs by operations of torch, unfused, where {reason}; explain() tells for which "
-                "parameters, fused=False asks for torch's own implementation",
-                UserWarning,
-                stacklevel=levels_to_caller(),
-            )
 
     def explain(self) -> str:
         """Return for each parameter, a line each, who updates it and why.

@@ -46,7 +46,7 @@ def choose(optimizer: FusedOptimizer, parameter: Tensor, gradient: Tensor | None
             "`fused=True` does not support sparse gradients: construct the optimizer with fused=None, which leaves "
             "parameters with sparse gradients to torch's implementation"
         )
-    lacking = optimizer._torch_lacks(group)
+    lacking = optimizer._lacking(group)
     if lacking is None:
         return "torch", asked
     if sparse or group.get("differentiable"):

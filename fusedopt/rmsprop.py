@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedopt.kernels import rules
 from fusedopt.kernels.rule import Update
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import StepOptions
 from fusedopt.settings import decay_of
 
 
@@ -39,6 +41,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         maximize: climb instead of descending (default: False).
         differentiable: True asks for torch's own, through which autograd can pass (default: False).
         fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
@@ -73,6 +76,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -87,7 +91,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             maximize,
             differentiable,
         )
-        self._set_options(fused=fused)
+        self._set_options(options, fused=fused)
 
     def _update(self, group: dict[str, Any], decays: bool) -> Update:
         if group["momentum"] > 0:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedopt.kernels import rules
 from fusedopt.kernels.rule import Update
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import StepOptions
 from fusedopt.settings import decay_of
 
 
@@ -37,6 +39,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         maximize: climb instead of descending (default: False).
         differentiable: True asks for torch's own, through which autograd can pass (default: False).
         fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
@@ -67,6 +70,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -78,7 +82,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             maximize=maximize,
             differentiable=differentiable,
         )
-        self._set_options(fused=fused)
+        self._set_options(options, fused=fused)
 
     def _initial(self, group: dict[str, Any], name: str) -> Any:
         return float(group["lr"]) if name == "step_size" else 0.0

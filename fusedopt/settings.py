@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fusedopt.kernels.norms import Clipping
 from fusedopt.kernels.rule import Rule, Update, no_decay
-from fusedopt.kernels.rules import decoupled_decay, l2_decay
+from fusedopt.kernels.rules import decoupled_decay, l2_decay, weight_average
+from fusedopt.kernels.source import RuleError
 from fusedopt.kernels.tables import Hyperparameters
 from fusedopt.prepared import same_objects
 
@@ -31,8 +33,18 @@ def decay_of(rule: Rule, decays: bool, decoupled: bool) -> Update:
     return _update(rule, no_decay if not decays else decoupled_decay if decoupled else l2_decay)
 
 
-# One object for each pair, so that plans can compare updates by identity.
+# One object for each combination, so that plans can compare updates by identity.
 _update = functools.cache(Update)
+
+
+@functools.cache
+def _averaging(update: Update) -> Update:
+    clash = set(update.states) & set(weight_average.states)
+    if clash:
+        raise RuleError(
+            f"ema_decay keeps the state {', '.join(clash)}, which the rule has for its own: give the rule's another name"
+        )
+    return _update(update.rule, update.decay, weight_average)
 
 
 class Settings:
@@ -46,7 +58,10 @@ class Settings:
         groups = optimizer.param_groups
         decays = any(isinstance(w := group.get("weight_decay", 0), Tensor) or w != 0 for group in groups)
         self.switches = [tuple(group.get(name) for name in IMPLEMENTATION_OPTIONS) for group in groups]
-        self.updates = [optimizer._update(group, decays) for group in groups]
+        updates = [optimizer._update(group, decays) for group in groups]
+        self.updates = [
+            update if group.get("ema_decay") is None else _averaging(update) for update, group in zip(updates, groups, strict=True)
+        ]
         self.hyperparameters = [
             Hyperparameters(
                 tuple(_live_number(optimizer._hyperparameter(group, name), group) for name in update.hyperparameters),
@@ -54,6 +69,8 @@ class Settings:
             )
             for group, update in zip(groups, self.updates, strict=True)
         ]
+        self.zero_grad = any(group.get("zero_grad_in_step") for group in groups)
+        self.clipping = _clipping(groups)
         self._values = [list(group.values()) for group in groups]
         self._constant = all(
             _is_constant(value) for group in groups for name, value in group.items() if not name.startswith("param")
@@ -66,6 +83,23 @@ class Settings:
             and len(groups) == len(self._values)
             and all(same_objects(own, list(group.values())) for own, group in zip(self._values, groups, strict=True))
         )
+
+
+def _clipping(groups: list[dict[str, Any]]) -> Clipping | None:
+    max_norms = [group.get("max_grad_norm") for group in groups]
+    skips = {bool(group.get("skip_nonfinite")) for group in groups}
+    if len(skips) > 1:
+        raise ValueError("skip_nonfinite must be the same in all groups: a step is left out wholly, or not at all")
+    if not any(skips) and all(norm is None for norm in max_norms):
+        return None
+    if any(group.get("clips_alone") for group in groups):
+        return Clipping(tuple(range(len(groups))), tuple(max_norms), any(skips))
+    if len(set(max_norms)) > 1:
+        raise ValueError(
+            f"groups that are clipped together ask for different norms {max_norms}: change max_grad_norm in all of them, or give "
+            "each group its own when the optimizer is made"
+        )
+    return Clipping((0,) * len(groups), (max_norms[0],), any(skips))
 
 
 def _is_constant(value: Any) -> bool:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedopt.kernels import rules
 from fusedopt.kernels.rule import Update
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import StepOptions
 from fusedopt.settings import decay_of
 
 
@@ -39,6 +41,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: None takes a kernel where one serves, True insists on it, False asks for torch's own (default: None).
         decoupled_weight_decay: theta (1 - alpha lambda) in place of the sum with the gradient (default: False).
         capturable: read a tensor lr on the GPU when a CUDA graph is replayed (default: False).
+        **options: what else happens in the pass of a step, :class:`~fusedopt.options.StepOptions`; nothing unless asked for.
 
     Raises:
         ValueError: for a hyperparameter out of range, with torch's message.
@@ -72,6 +75,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         capturable: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -85,7 +89,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._set_options(decoupled_weight_decay=decoupled_weight_decay, capturable=capturable)
+        self._set_options(options, decoupled_weight_decay=decoupled_weight_decay, capturable=capturable)
 
     def _torch_lacks(self, group: dict[str, Any]) -> str | None:
         return "decoupled_weight_decay=True" if group["decoupled_weight_decay"] and group["weight_decay"] != 0 else None

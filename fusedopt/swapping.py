@@ -32,7 +32,7 @@ def swap_in_optimizer_params_and_state(
         return
     # State dicts leave out options of ours that are at their defaults; torch asks for the keys of live groups.
     groups = [
-        {**{name: live[name] for name, _ in optimizer._own_options if name in live}, **group}
+        {**{name: live[name] for name, _ in optimizer.own_options() if name in live}, **group}
         for live, group in zip(optimizer.param_groups, swapin_optim_state["param_groups"], strict=True)
     ]
     with torch.optim.swap_in_optimizer_params_and_state(

@@ -13,7 +13,9 @@ import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fusedopt.kernels import layout
@@ -125,6 +127,18 @@ def prepare(backend: str, kind: Kind) -> None:
 def run(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket`` in place by its backend."""
     _module(bucket.backend).run(bucket, launch)
+
+
+def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: Tensor) -> None:
+    """Add the sums of squares of active gradients to ``totals``, in place.
+
+    Args:
+        bucket: whose backend does it.
+        launch: of the step; gradients are unscaled first if it unscales them.
+        slots: [tensors], where in ``totals`` each is added.
+        totals: [slots], in float64, on the device that counts the bucket's steps.
+    """
+    _module(bucket.backend).add_sums_of_squares(bucket, launch, slots, totals)
 
 
 @functools.cache

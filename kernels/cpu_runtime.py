@@ -6,6 +6,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 #: The options of every njit here. Numba hands a helper's options down from its first caller, so all must agree.
@@ -17,7 +18,7 @@ JIT: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "boundscheck":
 # threads, and the address of the function that numbers them (0: in the order of their arrival). The others change, a cache
 # line each; the last ones are the chunks that have been claimed of each region.
 TENSORS, CHUNKS, ROWS, ADDRESS_TABLE, CHUNK_TABLE, ROW_TABLE, COEFFICIENT_TABLE, BATCH = range(8)
-REGIONS, TEAM, NUMBER = range(8, 11)
+REGIONS, TEAM, NUMBER, RESULT_TABLE = range(8, 12)
 ARRIVED, DONE, LEFT, LATE, CLAIMED = range(16, 56, 8)
 LINE = 8
 
@@ -42,6 +43,20 @@ float32_pointer = _pointer_maker(types.float32)
 float64_pointer = _pointer_maker(types.float64)
 # Half precision numbers are loaded and stored as their bits.
 float16_pointer = bfloat16_pointer = _pointer_maker(types.uint16)
+
+
+def stack_of_float64(length):
+    """Return a function that gives a pointer to ``length`` numbers on the stack of the function it is called from."""
+
+    @intrinsic
+    def stack(typing_context):
+        def generate(context, builder, signature, arguments):
+            numbers = cgutils.alloca_once(builder, ir.DoubleType(), size=length)
+            return builder.bitcast(numbers, context.get_value_type(signature.return_type))
+
+        return types.CPointer(types.float64)(), generate
+
+    return stack
 
 
 @intrinsic

@@ -42,3 +42,8 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 def compute_dtype(parameter: torch.dtype) -> torch.dtype:
     """Return the dtype of the arithmetic on parameters of dtype ``parameter``: float64 for float64, else float32."""
     return torch.float64 if real_dtype(parameter) == torch.float64 else torch.float32
+
+
+def average_dtype(parameter: torch.dtype) -> torch.dtype:
+    """Return the dtype of an average of parameters of dtype ``parameter``: a slow one would not move in 16 bits."""
+    return parameter if parameter.is_complex else compute_dtype(parameter)

@@ -22,6 +22,7 @@ def coefficient_names(update: Update) -> list[str]:
         "c_sign",
         *(f"c_decay_{name}" for name in update.decay_names),
         *(f"c_{name}" for name in update.rule_names),
+        *(f"c_average_{name}" for name in update.average_names),
     ]
 
 
@@ -34,13 +35,24 @@ def element(update: Update) -> list[str]:
     """Return the lines that turn ``p``, ``g``, the states and the coefficients into ``new_p`` and the new states."""
     names = coefficient_names(update)
     first = 2 + len(update.decay_names)
+    last = first + len(update.rule_names)
     states = arrays(update)[2:]
-    new = [f"new_{name}" for name in ("p", *states)]
-    return [
+    of_rule, of_average = states[: len(update.rule.states)], states[len(update.rule.states) :]
+    new = [f"new_{name}" for name in ("p", *of_rule)]
+    lines = [
         "g = c_sign * g",
         f"p, g = {update.decay.update.__name__}({', '.join(['p', 'g', *names[2:first]])})",
-        f"{', '.join(new)}, = {update.rule.update.__name__}({', '.join(['p', 'g', *states, *names[first:]])})",
+        f"{', '.join(new)}, = {update.rule.update.__name__}({', '.join(['p', 'g', *of_rule, *names[first:last]])})",
     ]
+    if of_average:
+        kept = ", ".join(f"new_{name}" for name in of_average)
+        lines.append(f"{kept}, = {update.average.update.__name__}({', '.join(['new_p', *of_average, *names[last:]])})")
+    return lines
+
+
+def functions_of_elements(update: Update) -> list[Callable[..., Any]]:
+    """Return the functions that :func:`element` calls."""
+    return [update.decay.update, update.rule.update, *([update.average.update] if update.average.states else [])]
 
 
 def indent(lines: Sequence[str], spaces: int) -> str:

@@ -81,3 +81,53 @@ def power(base, exponent):
         result = tl.where(fraction >= 1.0, result * root, result)
         fraction = tl.where(fraction >= 1.0, fraction - 1.0, fraction)
     return tl.where(exponent < 0.0, 1.0 / result, result)
+
+
+@triton.jit
+def tree(lanes, LEVELS: tl.constexpr):
+    # By halves, as fusedopt.kernels.norms.tree; a sum of two does not depend on their order.
+    for _ in tl.static_range(LEVELS):
+        lanes = tl.sum(tl.reshape(lanes, (2, lanes.shape[0] // 2)), axis=0)
+    return lanes
+
+
+@triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["addresses", "grad_scale"])
+def sums_of_squares(
+    addresses, sizes, pieces, grad_scale, sums, tensors,
+    SCALED: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, PIECE: tl.constexpr, LANES: tl.constexpr,
+    LEVELS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(pieces + 2 * program)
+    first = tl.load(pieces + 2 * program + 1).to(tl.int64) * PIECE
+    remaining = tl.load(sizes + tensor) - first
+    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(STORED)) + first
+    scale = tl.full((), 1.0, COMPUTE)
+    if SCALED:
+        # As torch's unscale_: the reciprocal in float64, rounded to float32.
+        scale = (tl.full((), 1.0, tl.float64) / tl.load(grad_scale).to(tl.float64)).to(tl.float32).to(COMPUTE)
+    lanes = tl.arange(0, LANES)
+    total = tl.zeros((LANES,), tl.float64)
+    if remaining >= PIECE:
+        for row in tl.static_range(PIECE // LANES):
+            g = (scale * tl.load(gradient + row * LANES + lanes).to(COMPUTE)).to(tl.float64)
+            total += g * g
+    else:
+        left = remaining.to(tl.int32)
+        for start in range(0, left, LANES):
+            g = (scale * tl.load(gradient + start + lanes, mask=start + lanes < left, other=0.0).to(COMPUTE)).to(tl.float64)
+            total += g * g
+    tl.store(sums + program + tl.arange(0, 1), tree(total, LEVELS))
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["totals"])
+def add_totals(sums, pieces, slot_of_tensor, totals, count, LANES: tl.constexpr, LEVELS: tl.constexpr):
+    slot = tl.program_id(0)
+    total = tl.zeros((LANES,), tl.float64)
+    for start in range(0, count, LANES):
+        piece = start + tl.arange(0, LANES)
+        tensor = tl.load(pieces + 2 * piece, mask=piece < count, other=0)
+        own = tl.load(slot_of_tensor + tensor, mask=piece < count, other=-1) == slot
+        total += tl.where(own, tl.load(sums + piece, mask=piece < count, other=0.0), 0.0)
+    at = totals + slot + tl.arange(0, 1)
+    tl.store(at, tl.load(at) + tree(total, LEVELS))

@@ -52,6 +52,15 @@ def sharded_as(tensor: Any, like: Any) -> Tensor:
     return result
 
 
+def sharding(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """Return the mesh over whose dimensions (beside it) ``tensor`` is cut into parts; None where this rank has all of it."""
+    if not is_sharded(tensor):
+        return None
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    cut = tuple(dimension for dimension, placement in enumerate(placements) if placement.is_shard())
+    return (tensor.device_mesh, cut) if cut else None  # type: ignore[attr-defined]
+
+
 def is_unfinished_sum(tensor: Tensor) -> bool:
     """Whether ``tensor`` is the sum of what ranks have, which no step on the parts of one rank can update."""
     return is_sharded(tensor) and any(each.is_partial() for each in tensor.placements)  # type: ignore[attr-defined]
@@ -79,6 +88,24 @@ def real(tensor: Tensor) -> Tensor:
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements of ``tensor`` surely share memory, as those of an expanded tensor do."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+@torch.no_grad()
+def zero_gradients(parameters: Sequence[Tensor]) -> None:
+    """Make the gradients of ``parameters`` zero, in place where their memory can be written element by element."""
+    plain = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.layout == torch.strided and overlaps_itself(gradient):
+            parameter.grad = torch.zeros_like(parameter)
+        elif gradient.layout == torch.strided and is_plain_memory(gradient):
+            plain.append(gradient)
+        else:
+            gradient.zero_()
+    if plain:
+        torch._foreach_zero_(plain)
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fusedopt.kernels import layout
+from fusedopt.kernels import layout, norms
 from fusedopt.kernels import math as kernel_math
 
 if TYPE_CHECKING:
@@ -49,8 +51,6 @@ def run(bucket: Bucket, launch: Launch) -> None:
 
 def run_on_arrays(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket``, on a CPU, by NumPy."""
-    import numpy
-
     with numpy.errstate(all="ignore"):
         _run(bucket, launch, kernel_math.ARRAYS, Tensor.numpy, lambda a: torch.from_numpy(numpy.asarray(a)), tuple)
 
@@ -58,3 +58,27 @@ def run_on_arrays(bucket: Bucket, launch: Launch) -> None:
 def run_on_tensors(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket`` by operations of torch, one tensor after the other."""
     _run(bucket, launch, kernel_math.TENSORS, lambda t: t, lambda t: t, lambda row: row.tolist())
+
+
+def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: Tensor) -> None:
+    """Add the sums of squares of active gradients to ``totals``, by slot; on tensors in whatever order torch adds."""
+    assert launch.coefficients is not None
+    scale = launch.coefficients[0, 0]
+    of_pieces = numpy.zeros(len(launch.chunks))
+    for index in numpy.flatnonzero(launch.active).tolist():
+        parameter, gradient = bucket.parameters[index], launch.gradients[index]
+        assert gradient is not None
+        if layout.is_sharded(gradient):
+            gradient = layout.local(layout.sharded_as(gradient, bucket.held_parameters[index]))
+        gradient = layout.real(gradient.detach()).to(launch.kind.compute.dtype)
+        if bucket.backend == "tensor":
+            totals[slots[index]] += (gradient * float(scale)).double().square().sum().cpu()
+            continue
+        # In the order of the parameter's memory, as kernels go.
+        dense = torch.empty_like(layout.real(parameter.detach()), dtype=gradient.dtype).copy_(gradient)
+        numbers = scale * dense.as_strided((dense.numel(),), (1,)).numpy()
+        for chunk in numpy.flatnonzero(launch.chunks[:, 0] == index):
+            first, count = launch.chunks[chunk, 1:]
+            of_pieces[chunk] = norms.sum_of_squares(numbers[first : first + count])
+    if bucket.backend == "numpy":
+        totals += torch.from_numpy(norms.totals(of_pieces, slots[launch.chunks[:, 0]], len(totals)))

@@ -38,6 +38,25 @@ class Decay:
 
 
 @dataclass(frozen=True, eq=False)
+class Average:
+    """What is kept of the new parameters: ``update(p, *states, *coefficients) -> (*states,)``, after a rule.
+
+    Args:
+        update: straight-line function on one element; its arguments are the new ``p``, the states by name, the coefficients.
+        coefficients: function of ``step`` and hyperparameters (its argument names) that returns the coefficients in order.
+        states: names of the states, which start as the parameter is.
+    """
+
+    update: Callable[..., Any]
+    coefficients: Callable[..., tuple[float, ...]]
+    states: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        source.check(self.update, results=len(self.states))
+        source.check_coefficients(self.coefficients, source.parameters(self.update)[1 + len(self.states) :], self.update.__name__)
+
+
+@dataclass(frozen=True, eq=False)
 class Rule:
     """An optimizer's mathematics: ``update(p, g, *states, *coefficients) -> (p, *states)``.
 
@@ -89,20 +108,38 @@ def _no_coefficients() -> tuple[float, ...]:
 no_decay = Decay(_no_decay, _no_coefficients)
 
 
+def _no_average(p):  # type: ignore[no-untyped-def]  # noqa: ARG001  # as the others
+    return ()
+
+
+def _no_step_coefficients(step: float) -> tuple[float, ...]:  # noqa: ARG001  # as the others
+    return ()
+
+
+#: Nothing is kept of the parameters.
+no_average = Average(_no_average, _no_step_coefficients)
+
+
 @dataclass(frozen=True, eq=False)
 class Update:
-    """A rule behind a decay: what one element of a parameter goes through in a step, in any backend.
+    """A decay, a rule, an average: what one element of a parameter goes through in a step, in any backend.
 
-    The coefficients of an update are the sign of the gradient (-1 to maximize), the decay's, and the rule's.
+    The coefficients of an update are the factor of the gradient (1, -1 to maximize, times what clips it), the decay's, the
+    rule's and the average's.
     """
 
     rule: Rule
     decay: Decay = no_decay
+    average: Average = no_average
 
     @functools.cached_property
     def _scalar(self) -> tuple[tuple[Callable[..., Any], tuple[int, ...]], ...]:
         """The functions of coefficients, bound for Python's numbers, each with the places of its hyperparameters."""
-        functions = ((self.decay.coefficients, 0), (self.rule.coefficients, 1 + len(self.rule.scalars)))
+        functions = (
+            (self.decay.coefficients, 0),
+            (self.rule.coefficients, 1 + len(self.rule.scalars)),
+            (self.average.coefficients, 1),
+        )
         return tuple(
             (
                 bind(function, kernel_math.SCALARS),
@@ -114,12 +151,13 @@ class Update:
     @functools.cached_property
     def name(self) -> str:
         """What the update is called in generated files and in explanations."""
-        return "_".join(f.__name__.strip("_") for f in (self.decay.update, self.rule.update) if f is not _no_decay)
+        parts = (self.decay.update, self.rule.update, self.average.update)
+        return "_".join(f.__name__.strip("_") for f in parts if f not in (_no_decay, _no_average))
 
     @functools.cached_property
     def states(self) -> tuple[str, ...]:
-        """The names of the states."""
-        return self.rule.states
+        """The names of the states, the average's last."""
+        return (*self.rule.states, *self.average.states)
 
     @functools.cached_property
     def scalars(self) -> tuple[str, ...]:
@@ -134,18 +172,23 @@ class Update:
     @functools.cached_property
     def rule_names(self) -> tuple[str, ...]:
         """The names of the rule's coefficients."""
-        return source.parameters(self.rule.update)[2 + len(self.states) :]
+        return source.parameters(self.rule.update)[2 + len(self.rule.states) :]
+
+    @functools.cached_property
+    def average_names(self) -> tuple[str, ...]:
+        """The names of the average's coefficients."""
+        return source.parameters(self.average.update)[1 + len(self.average.states) :]
 
     @functools.cached_property
     def coefficient_count(self) -> int:
         """How many coefficients an element takes; in a kernel's row the inverse loss scale stands before them."""
-        return 1 + len(self.decay_names) + len(self.rule_names)
+        return 1 + len(self.decay_names) + len(self.rule_names) + len(self.average_names)
 
     @functools.cached_property
     def hyperparameters(self) -> tuple[str, ...]:
         """The names of the hyperparameters that the coefficients are computed from."""
         taken = source.parameters(self.rule.coefficients)[1 + len(self.rule.scalars) :]
-        names = (*source.parameters(self.decay.coefficients), *taken)
+        names = (*source.parameters(self.decay.coefficients), *taken, *source.parameters(self.average.coefficients)[1:])
         return tuple(dict.fromkeys(names))
 
     def coefficients(
@@ -159,17 +202,21 @@ class Update:
             maximize: whether to climb.
             values: of the hyperparameters, in the order of ``hyperparameters``.
         """
-        (decay, decay_places), (rule, rule_places) = self._scalar
+        (decay, decay_places), (rule, rule_places), (average, average_places) = self._scalar
         sign = -1.0 if maximize else 1.0
         own = rule(step, *scalars, *[values[i] for i in rule_places])
         count = len(own) - len(scalars)
-        return (sign, *decay(*[values[i] for i in decay_places]), *own[:count]), own[count:]
+        kept = average(step, *[values[i] for i in average_places])
+        return (sign, *decay(*[values[i] for i in decay_places]), *own[:count], *kept), own[count:]
 
     def apply(
         self, names: Mapping[str, Any], p: Any, g: Any, states: Sequence[Any], coefficients: Sequence[Any]
     ) -> tuple[Any, ...]:
         """Run the update on whole arrays or tensors whose functions are ``names``; return the new ``p`` and states."""
-        decay, rule = bind(self.decay.update, names), bind(self.rule.update, names)
-        split = 1 + len(self.decay_names)
-        p, g = decay(p, coefficients[0] * g, *coefficients[1:split])
-        return tuple(rule(p, g, *states, *coefficients[split:]))
+        decay, rule, average = (bind(part.update, names) for part in (self.decay, self.rule, self.average))
+        first = 1 + len(self.decay_names)
+        last = first + len(self.rule_names)
+        own = len(self.rule.states)
+        p, g = decay(p, coefficients[0] * g, *coefficients[1:first])
+        new = tuple(rule(p, g, *states[:own], *coefficients[first:last]))
+        return (*new, *average(new[0], *states[own:], *coefficients[last:]))

@@ -9,7 +9,7 @@ from the hyperparameters and the parameter's step count (1 at the first step), a
 from __future__ import annotations
 
 from fusedopt.kernels.math import absolute, maximum, nonzero, power, sign, sqrt, where
-from fusedopt.kernels.rule import Decay, Rule
+from fusedopt.kernels.rule import Average, Decay, Rule
 
 # --- weight decay: what happens before the rule --------------------------------------------------------------------------
 
@@ -321,3 +321,20 @@ def _rprop_coefficients(step, etaminus, etaplus, step_size_min, step_size_max):
 
 #: Rprop (Riedmiller and Braun 1993), in the form that forgets a turned gradient (Igel and Huesken 2000, iRprop-).
 rprop = Rule(_rprop, _rprop_coefficients, states=("prev", "step_size"))
+
+
+# --- averages of the parameters: what happens after the rule ---------------------------------------------------------------
+
+
+def _weight_average(p, ema, weight, follows):
+    # At the first step it is the parameter itself, to the last bit.
+    return (where(nonzero(follows), p, ema + weight * (p - ema)),)
+
+
+def _weight_average_coefficients(step, ema_decay):
+    return 1.0 - ema_decay, where(step == 1, 1.0, 0.0)
+
+
+#: An exponential average of the parameters: ``ema_decay ema + (1 - ema_decay) p`` (Polyak and Juditsky 1992; Tarvainen and
+#: Valpola 2017), p itself at the first step, as torch.optim.swa_utils.AveragedModel.
+weight_average = Average(_weight_average, _weight_average_coefficients, states=("ema",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -31,11 +31,13 @@ class Kind:
         update: the rule behind its decay.
         formats: of the parameter, its gradient and its states.
         unscale: whether gradients are multiplied by the inverse loss scale, and stored so, before the update.
+        zero_grad: whether zeros are stored to gradients.
     """
 
     update: Update
     formats: tuple[Format, ...]
     unscale: bool = False
+    zero_grad: bool = False
 
     @functools.cached_property
     def compute(self) -> Format:
@@ -46,7 +48,7 @@ class Kind:
     def name(self) -> str:
         """A readable name, not unique: rules of different modules may share one."""
         formats = "_".join(form.name for form in self.formats)
-        return f"{self.update.name}_{formats}{'_unscale' if self.unscale else ''}"
+        return f"{self.update.name}_{formats}{'_unscale' if self.unscale else ''}{'_zero_grad' if self.zero_grad else ''}"
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,16 @@ class Launch:
         chunks: [chunks, 3], of tensor, first element and length.
         elements: in all chunks.
         row_of_tensor: [tensors], the row of coefficients of each.
+        group_of_row: [rows], the group of each.
         coefficients: [rows, 1 + coefficients], in the dtype of the arithmetic; the inverse loss scale stands first. None
             where the device computes them, from what follows.
         scalars: [rows, scalars], those after the step, in float64.
         hyperparameters: by group.
         loss_scale: what a gradient scaler asks for, or None.
+        zero_grad: whether gradients must be zero in the end and the kernel does not make them so.
+        stand_ins: what :meth:`Bucket.stand_in` has put into the addresses.
+        factors: by group, what gradients are clipped by where the device computes coefficients; or None.
+        placed: the tables of this step on the device, kept by the backend.
     """
 
     kind: Kind
@@ -161,10 +168,15 @@ class Launch:
     chunks: NDArray[numpy.int64]
     elements: int
     row_of_tensor: NDArray[numpy.int64]
+    group_of_row: NDArray[numpy.int64]
     coefficients: NDArray[Any] | None
     scalars: NDArray[numpy.float64]
     hyperparameters: Sequence[Hyperparameters]
     loss_scale: LossScale | None
+    zero_grad: bool = False
+    stand_ins: list[tuple[Tensor, Tensor, int, int]] = field(default_factory=list)
+    factors: Tensor | None = None
+    placed: Any = None
 
 
 def kind_of(update: Update, member: Member) -> Kind | None:

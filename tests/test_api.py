@@ -9,6 +9,7 @@ import torch
 from torch.optim import swa_utils
 
 import fusedopt as optim
+from fusedopt import options as step_options
 
 OURS = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"]
 ours_of_torch = pytest.mark.parametrize("name", OURS)
@@ -68,10 +69,11 @@ def test_modules_can_be_imported_by_name():
 @ours_of_torch
 def test_signature_is_torchs_and_keywords_of_ours(name):
     ours, theirs = (list(inspect.signature(getattr(module, name)).parameters.values()) for module in (optim, torch.optim))
-    added = ours[len(theirs) :]
+    *added, options = ours[len(theirs) :]
     assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
     assert {p.name: p.default for p in added} == EXTRA[name]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in added)
+    assert (options.kind, options.annotation) == (inspect.Parameter.VAR_KEYWORD, "Unpack[StepOptions]")
 
 
 def test_signature_of_momentum():
@@ -84,6 +86,7 @@ def test_signature_of_momentum():
         "decoupled_weight_decay": True,
         "maximize": False,
         "fused": None,
+        "options": inspect.Parameter.empty,
     }
     assert {name: p.default for name, p in parameters.items()} == expected
     keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -93,14 +96,14 @@ def test_signature_of_momentum():
 @every_class
 def test_step_has_torchs_signature(name):
     # GradScaler looks for a parameter `grad_scaler`, and takes the deprecated way if there is one.
-    assert list(inspect.signature(getattr(optim, name)([parameter()], lr=0.1).step).parameters) == ["closure"]
+    assert list(inspect.signature(getattr(optim, name)([parameter()], lr=0.1).step).parameters) == ["closure", "zero_grad"]
 
 
 @ours_of_torch
 def test_defaults_are_torchs(name):
     ours, theirs = (getattr(module, name)([parameter()]).defaults for module in (optim, torch.optim))
     assert {key: ours[key] for key in theirs} == theirs
-    assert {key: ours[key] for key in ours.keys() - theirs.keys()} == EXTRA[name]
+    assert {key: ours[key] for key in ours.keys() - theirs.keys()} == {**EXTRA[name], **step_options.DEFAULTS}
 
 
 TENSOR = torch.tensor

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from fusedopt import check
 from fusedopt.__main__ import main
-from fusedopt.kernels import gpu
+from fusedopt.kernels import gpu_kernels
 from fusedopt.kernels.ptx import execute
 
 pytestmark = [
@@ -72,7 +72,7 @@ def test_sound_rules(checked, text, name):
 @pytest.mark.parametrize("text", [pytest.param(SOUND, marks=pytest.mark.proof), ALONE], ids=["optimizer", "rule"])
 def test_other_bits_are_reported(checked, text, monkeypatch):
     """As products and sums contracted into one operation give."""
-    monkeypatch.setattr(gpu, "_OPTIONS", {**gpu._OPTIONS, "enable_fp_fusion": True})
+    monkeypatch.setattr(gpu_kernels, "OPTIONS", {**gpu_kernels.OPTIONS, "enable_fp_fusion": True})
     status, out, _ = checked(text, "--target", "sm_90")
     assert status == 1
     assert "different from" in out and " elements of p" in out
@@ -80,7 +80,7 @@ def test_other_bits_are_reported(checked, text, monkeypatch):
 
 @pytest.mark.proof
 def test_exceeded_limits_are_reported(checked, monkeypatch):
-    monkeypatch.setattr(gpu, "_OPTIONS", {**gpu._OPTIONS, "maxnreg": 24})
+    monkeypatch.setattr(gpu_kernels, "OPTIONS", {**gpu_kernels.OPTIONS, "maxnreg": 24})
     status, out, _ = checked(SOUND, "--target", "sm_90")
     assert status == 1
     assert "exceeded: float32 on sm_90" in out and "bytes are spilled" in out

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux), or fusedopt's extra [triton]")
 
 import ptx_kernels
-from fusedopt.kernels import gpu
+from fusedopt.kernels import gpu_kernels
 from fusedopt.kernels.ptx import offline, table
 from fusedopt.kernels.ptx.driver import TARGETS, driver
 
@@ -129,4 +129,4 @@ def test_each_limit_is_checked():
         {"stores": {128: 5, 64: 2}},
     ):
         assert len(table.violations(kind, dataclasses.replace(good, **change))) == 1
-    assert len(table.violations(kind, dataclasses.replace(good, threads=gpu.BLOCK))) == 1
+    assert len(table.violations(kind, dataclasses.replace(good, threads=gpu_kernels.BLOCK))) == 1

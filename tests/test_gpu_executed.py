@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from amp_paths import scaling
 from cases import CASES, Case, named
-from fusedopt.kernels import backends, gpu
+from fusedopt.kernels import backends, gpu_kernels
 from fusedopt.kernels.formats import FORMATS
 from fusedopt.kernels.ptx import execute, steps
 from fusedopt.kernels.ptx.driver import memory
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(execute.obstacle() is not None, reason=str(execute.obstacle())),
 ]
 
-SIZES = [1, 17, gpu.BLOCK - 1, gpu.BLOCK, 3 * gpu.BLOCK + 5, (3, 5), 0, ()]
+SIZES = [1, 17, gpu_kernels.BLOCK - 1, gpu_kernels.BLOCK, 3 * gpu_kernels.BLOCK + 5, (3, 5), 0, ()]
 STEPS = 3
 SETTINGS = execute.Settings()
 #: One of each kind; the others are in the whole proof.
@@ -197,7 +197,7 @@ def test_what_a_gradient_scaler_found(case, grad_scale, found_inf):
 @pytest.mark.parametrize("case", rows(CASES, lambda case: case.name in ("adamw", "sgd")), ids=str)
 def test_bytes_of_a_step(case, dtype):
     """Each number is loaded once and stored once; for a program the tables add less than a kilobyte's quarter."""
-    size = 200 * gpu.BLOCK + 8
+    size = 200 * gpu_kernels.BLOCK + 8
     p = torch.nn.Parameter(torch.randn(size).to(dtype))
     p.grad = torch.randn(size).to(dtype)
     optimizer = case.make_ours([p])
@@ -209,7 +209,7 @@ def test_bytes_of_a_step(case, dtype):
     loaded = (2 + states) * dtype.itemsize * size
     assert loaded < counts.bytes_loaded
     tables = counts.bytes_loaded - loaded
-    assert tables < 256 * -(-size // gpu.BLOCK)
+    assert tables < 256 * -(-size // gpu_kernels.BLOCK)
     if case.name == "adamw" and dtype == torch.float32:
         assert (loaded + counts.bytes_stored) / size == 28.0
         assert tables < 0.01 * (loaded + counts.bytes_stored)
@@ -247,7 +247,7 @@ def test_many_tensors_are_one_launch():
 # --- far away -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elements", [2**31, 2**31 + 5 * gpu.BLOCK, 2**33], ids=["2^31", "beyond 2^31", "2^33"])
+@pytest.mark.parametrize("elements", [2**31, 2**31 + 5 * gpu_kernels.BLOCK, 2**33], ids=["2^31", "beyond 2^31", "2^33"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_elements_beyond_32_bits(elements, dtype):
     """The last block of a tensor so large that it is not there: only the memory of that block is."""
@@ -256,14 +256,14 @@ def test_elements_beyond_32_bits(elements, dtype):
 
 def far_block(elements, dtype):
     kind = Kind(Update(adam), (FORMATS[dtype],) * 4)
-    block = [torch.randn(gpu.BLOCK).abs().to(dtype) for _ in range(4)]
+    block = [torch.randn(gpu_kernels.BLOCK).abs().to(dtype) for _ in range(4)]
     before = [values.clone() for values in block]
-    by_position, by_name = gpu.run_arguments(
+    by_position, by_name = gpu_kernels.run_arguments(
         kind,
         # Of the whole tensor, which begins far below.
-        addresses=torch.tensor([values.data_ptr() - (elements - gpu.BLOCK) * dtype.itemsize for values in block]),
+        addresses=torch.tensor([values.data_ptr() - (elements - gpu_kernels.BLOCK) * dtype.itemsize for values in block]),
         sizes=torch.tensor([elements]),
-        chunks=torch.tensor([0, elements // gpu.BLOCK - 1], dtype=torch.int32),
+        chunks=torch.tensor([0, elements // gpu_kernels.BLOCK - 1], dtype=torch.int32),
         row_of_tensor=torch.tensor([0]),
         coefficients=torch.tensor([1.0, 1.0, 0.125, 0.5, 0.5, 0.5, 0.5, 1.0]),
         found_inf=None,
@@ -272,7 +272,7 @@ def far_block(elements, dtype):
         lanes=32,
     )
     with steps.executing("sm_90"), memory(*block):
-        gpu._kernel(kind).run[(1,)](*by_position, **by_name)
+        gpu_kernels.kernel(kind).run[(1,)](*by_position, **by_name)
     p, g, m, v = (values.float().numpy() for values in before)
     half = numpy.float32(0.5)
     m, v = half * m + half * g, half * v + half * g * g

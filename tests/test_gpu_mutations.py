@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 import amp_paths
 import test_gpu_executed as executed
 from cases import named
-from fusedopt.kernels import backends, gpu, plan, source, tables
+from fusedopt.kernels import backends, gpu, gpu_kernels, part, source, tables
 from fusedopt.kernels.formats import FORMATS
 from fusedopt.kernels.ptx import execute, offline, steps, table
 from fusedopt.kernels.ptx.execute import PtxError
@@ -51,7 +51,7 @@ def unaligned_tensors():
 
 
 def beyond_32_bits():
-    executed.far_block(2**31 + 5 * gpu.BLOCK, torch.float32)
+    executed.far_block(2**31 + 5 * gpu_kernels.BLOCK, torch.float32)
 
 
 def climbing():
@@ -238,7 +238,7 @@ def planted(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
         changed.append(name)
         return load(name, content.replace(mutation.before, mutation.after))
 
-    caches = (gpu._kernel, gpu._prepare_kernel)
+    caches = (gpu_kernels.kernel, gpu_kernels.prepare_kernel)
     monkeypatch.setattr(source, "load", mutated)
     for cache in caches:
         cache.cache_clear()
@@ -330,13 +330,13 @@ def chunks_of_a_tensor_that_rests(monkeypatch):
 
 
 def with_chunks(monkeypatch, change):
-    chunk_table = tables.chunk_table
+    chunk_table = gpu.chunk_table
 
     def changed(sizes, length):
         table = chunk_table(sizes, length)
-        return change(table) if length == gpu.BLOCK else table
+        return change(table) if length == gpu_kernels.BLOCK else table
 
-    monkeypatch.setattr(tables, "chunk_table", changed)
+    monkeypatch.setattr(gpu, "chunk_table", changed)
 
 
 def one_chunk_missing(monkeypatch):
@@ -348,7 +348,7 @@ def one_chunk_twice(monkeypatch):
 
 
 def coefficients_of_the_step_before(monkeypatch):
-    rows, kept = plan.coefficient_rows, []
+    rows, kept = part.coefficient_rows, []
 
     def late(bucket, *arguments):
         if bucket.backend != "triton":
@@ -356,11 +356,11 @@ def coefficients_of_the_step_before(monkeypatch):
         kept.append(rows(bucket, *arguments))
         return kept[max(0, len(kept) - 2)]
 
-    monkeypatch.setattr(plan, "coefficient_rows", late)
+    monkeypatch.setattr(part, "coefficient_rows", late)
 
 
 def contraction(monkeypatch):
-    monkeypatch.setattr(gpu, "_OPTIONS", {**gpu._OPTIONS, "enable_fp_fusion": True})
+    monkeypatch.setattr(gpu_kernels, "OPTIONS", {**gpu_kernels.OPTIONS, "enable_fp_fusion": True})
 
 
 HOST = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedopt.kernels import gpu
+from fusedopt.kernels import gpu_kernels
 from fusedopt.kernels.ptx.driver import TARGETS, driver
 from fusedopt.kernels.tables import Kind
 
@@ -23,7 +23,7 @@ def compile_update(kind: Kind, target: str, aligned: bool = True, guarded: bool 
         aligned: for tensors whose memory is aligned, or for others.
         guarded: whether the kernel asks if a gradient scaler has found infinities.
     """
-    by_position, by_name = gpu.run_arguments(
+    by_position, by_name = gpu_kernels.run_arguments(
         kind,
         addresses=torch.int64,
         sizes=torch.int64,
@@ -36,10 +36,10 @@ def compile_update(kind: Kind, target: str, aligned: bool = True, guarded: bool 
         lanes=TARGETS[target].warp_size,
     )
     with driver(target):
-        return gpu._kernel(kind).run.warmup(*by_position, grid=(1,), **by_name)
+        return gpu_kernels.kernel(kind).run.warmup(*by_position, grid=(1,), **by_name)
 
 
-def compile_prepare(kind: Kind, target: str, guarded: bool = False, scaled: bool = False) -> Any:
+def compile_prepare(kind: Kind, target: str, guarded: bool = False, scaled: bool = False, clipped: bool = False) -> Any:
     """Return Triton's compiled kernel that computes the coefficients of ``kind``; arguments as above.
 
     Args:
@@ -47,8 +47,9 @@ def compile_prepare(kind: Kind, target: str, guarded: bool = False, scaled: bool
         target: a name of ``fusedopt.kernels.ptx.driver.TARGETS``.
         guarded: whether the kernel asks if a gradient scaler has found infinities.
         scaled: whether it reads a loss scale.
+        clipped: whether it reads factors that clip gradients.
     """
-    by_position, by_name = gpu.prepare_arguments(
+    by_position, by_name = gpu_kernels.prepare_arguments(
         scalars=torch.float32,
         active=torch.int64,
         group_of_tensor=torch.int64,
@@ -56,7 +57,8 @@ def compile_prepare(kind: Kind, target: str, guarded: bool = False, scaled: bool
         coefficients=kind.compute.dtype,
         found_inf=torch.float32 if guarded else None,
         grad_scale=torch.float32 if scaled else None,
+        factors=torch.float64 if clipped else None,
         tensors=_TENSORS,
     )
     with driver(target):
-        return gpu._prepare_kernel(kind).prepare.warmup(*by_position, grid=(1,), **by_name)
+        return gpu_kernels.prepare_kernel(kind).prepare.warmup(*by_position, grid=(1,), **by_name)

@@ -6,7 +6,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fusedopt.kernels import gpu
+from fusedopt.kernels import gpu_kernels
 from fusedopt.kernels.formats import FORMATS
 from fusedopt.kernels.math import ARRAYS
 from fusedopt.kernels.ptx import offline, steps, table
@@ -33,7 +33,7 @@ def differing_elements(a: Tensor, b: Tensor) -> int:
     return int((differ & ~(a.isnan() & b.isnan())).sum())
 
 
-def execute_rule(rule: Rule, target: str, size: int = 2 * gpu.BLOCK + 5) -> dict[str, int]:
+def execute_rule(rule: Rule, target: str, size: int = 2 * gpu_kernels.BLOCK + 5) -> dict[str, int]:
     """Execute ``rule`` on random float32 elements and coefficients; return by array how many elements differ from NumPy.
 
     Args:
@@ -56,8 +56,8 @@ def execute_rule(rule: Rule, target: str, size: int = 2 * gpu.BLOCK + 5) -> dict
     with numpy.errstate(all="ignore"):
         right = update.apply(ARRAYS, p, g, states, list(coefficients[1:].numpy()))
     owned = [array.clone() for array in arrays]
-    chunks = torch.tensor([[0, index] for index in range(-(-size // gpu.BLOCK))], dtype=torch.int32)
-    by_position, by_name = gpu.run_arguments(
+    chunks = torch.tensor([[0, index] for index in range(-(-size // gpu_kernels.BLOCK))], dtype=torch.int32)
+    by_position, by_name = gpu_kernels.run_arguments(
         kind,
         addresses=torch.tensor([array.data_ptr() for array in owned]),
         sizes=torch.tensor([size]),
@@ -70,7 +70,7 @@ def execute_rule(rule: Rule, target: str, size: int = 2 * gpu.BLOCK + 5) -> dict
         lanes=TARGETS[target].warp_size,
     )
     with steps.executing(target), memory(*owned):
-        gpu._kernel(kind).run[(len(chunks),)](*by_position, **by_name)
+        gpu_kernels.kernel(kind).run[(len(chunks),)](*by_position, **by_name)
     found = [owned[0], *owned[2:]]
     return {
         name: differing_elements(mine, torch.from_numpy(numpy.asarray(theirs, numpy.float32)))

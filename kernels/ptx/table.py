@@ -13,7 +13,7 @@ from typing import Any
 
 from triton import knobs
 
-from fusedopt.kernels import generate, gpu
+from fusedopt.kernels import generate, gpu_kernels
 from fusedopt.kernels.tables import Kind
 
 #: A thread's registers that leave room for half of the threads on a GPU of NVIDIA, and for all on one of AMD.
@@ -55,7 +55,7 @@ class Cost:
         """Bits of the widest load."""
         return max(self.loads, default=0)
 
-    def instructions_per_element(self, block: int = gpu.BLOCK) -> float:
+    def instructions_per_element(self, block: int = gpu_kernels.BLOCK) -> float:
         """Return the instructions of both paths over the elements that a thread updates."""
         return self.instructions * self.threads / block
 
@@ -178,7 +178,7 @@ def expected_wide_accesses(kind: Kind, threads: int) -> tuple[int, int]:
     """Return how many 128-bit loads and stores a thread makes in a full block, for the widest of the arrays of ``kind``."""
     widest = max(form.itemsize for form in kind.formats)
     arrays = [name for name, form in zip(generate.arrays(kind.update), kind.formats, strict=True) if form.itemsize == widest]
-    each = gpu.BLOCK // threads * widest // 16
+    each = gpu_kernels.BLOCK // threads * widest // 16
     written = len(arrays) - ("g" in arrays and not kind.unscale)
     return each * len(arrays), each * written
 
@@ -193,7 +193,7 @@ def violations(kind: Kind, found: Cost) -> list[str]:
         (found.registers <= most, f"{found.registers} registers, more than {most}"),
         (found.approximate == 0, f"{found.approximate} divisions or roots are approximate"),
         (float64 or found.float64 == 0, f"{found.float64} instructions compute in float64"),
-        (loads > 0, f"a thread's {gpu.BLOCK // found.threads} elements are too few for accesses of 128 bits"),
+        (loads > 0, f"a thread's {gpu_kernels.BLOCK // found.threads} elements are too few for accesses of 128 bits"),
         (found.loads.get(128, 0) >= loads, f"{found.loads.get(128, 0)} loads of 128 bits, not {loads}"),
         (found.stores.get(128, 0) >= stores, f"{found.stores.get(128, 0)} stores of 128 bits, not {stores}"),
     ]

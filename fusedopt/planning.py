@@ -1,0 +1,144 @@
+"""From the parameters of an optimizer to a plan: who is there, who updates it, what must not be lost on an error."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import paths
+from fusedopt.kernels import backends
+from fusedopt.kernels.formats import average_dtype
+from fusedopt.kernels.members import check_member, waves
+from fusedopt.kernels.plan import Plan
+from fusedopt.kernels.rule import Update
+from fusedopt.kernels.tables import Hyperparameters, Member
+from fusedopt.prepared import Prepared, levels_to_caller, new_state, same_objects
+from fusedopt.settings import as_number
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer import FusedOptimizer
+
+
+def member_of(
+    optimizer: FusedOptimizer, parameter: Tensor, index: int, gradient: Tensor | None, group: int, update: Update
+) -> Member:
+    """Return ``parameter`` with its state, missing parts made anew but not yet put into ``optimizer.state``."""
+    state: dict[str, Any] = optimizer.state.get(parameter) or {}
+    options = optimizer.param_groups[group]
+    missing = [name for name in update.states if not isinstance(state.get(name), Tensor)]
+    # A rule that keeps no count has but one question: whether this is its first step.
+    kept = update.rule.states or update.states
+    taken = state.get("step", 0.0) if optimizer._counts_steps else bool(kept) and not set(kept) & set(missing)
+    # A state made in inference mode could not be written outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        new = {
+            # What is kept of the parameter starts as it is, in the precision of the arithmetic.
+            name: parameter.detach().to(average_dtype(parameter.dtype), copy=True)
+            if name in update.average.states
+            else new_state(parameter, optimizer._initial(options, name))
+            for name in missing
+        }
+    scalars = tuple(as_number(state[name] if name in state else optimizer._initial(options, name)) for name in update.scalars)
+    capturable = bool(options.get("capturable"))
+    return Member(parameter, index, gradient, group, as_number(taken), scalars, optimizer._counts_steps, capturable, state, new)
+
+
+def attach(optimizer: FusedOptimizer, plan: Plan, members: Sequence[Member]) -> None:
+    """Complete the states of ``members``, which ``plan`` updates."""
+    for member in members:
+        if member.counted or member.new:
+            optimizer.state[member.parameter] = member.state
+    plan.attach()
+
+
+def prepare(
+    optimizer: FusedOptimizer,
+    parameters: list[Tensor],
+    gradients: list[Tensor | None],
+    updates: list[Update],
+    hyperparameters: list[Hyperparameters],
+    key: object,
+) -> Prepared:
+    """Plan for ``parameters`` that have gradients or have had some, attach their states, and remember the plan.
+
+    Raises:
+        RuntimeError: if one of them cannot be updated; nothing has been written then.
+    """
+    prepared = Prepared(parameters, key)
+    known = _known(optimizer, parameters, updates)
+    members, index = [], 0
+    for number, (group, update) in enumerate(zip(optimizer.param_groups, updates, strict=True)):
+        for parameter in group["params"]:
+            gradient = gradients[index]
+            if gradient is not None or index in known:
+                path, reason = paths.choose(optimizer, parameter, gradient, group)
+                member = None
+                try:
+                    paths.check(index, parameter, gradient, group, path)
+                    if path != "torch":
+                        member = member_of(optimizer, parameter, index, gradient, number, update)
+                        check_member(member, update, path)
+                except RuntimeError:
+                    if gradient is not None:
+                        raise
+                    index += 1  # it rests, and may be as it likes until it has a gradient again
+                    continue
+                prepared.indices.add(index)
+                if member is None:
+                    prepared.torch_indices.add(index)
+                    if gradient is not None and gradient.layout != torch.strided:
+                        prepared.sparse_indices.add(index)
+                else:
+                    if path == "tensor" and group["fused"] is None and group.get("foreach") is None:
+                        _warn(optimizer, reason)
+                    members.append(member)
+                    prepared.backends[index] = path
+            index += 1
+    first, *later = waves(members)
+    # Everything that can be refused is refused while planning, before a state is attached or a parameter changes.
+    plan = Plan(first, updates, [prepared.backends[member.index] for member in first])
+    for wave in later:
+        Plan(wave, updates, [prepared.backends[member.index] for member in wave])
+    for owner, step, scalars in {(member.group, member.step, member.scalars) for member in members}:
+        own = hyperparameters[owner]
+        if not any(isinstance(value, Tensor) for value in own.values):
+            updates[owner].coefficients(step + 1.0, scalars, own.maximize, [float(value) for value in own.values])
+    attach(optimizer, plan, first)
+    prepared.plan = plan
+    prepared.waves = [[member.index for member in wave] for wave in later]
+    prepared.watch(optimizer.state)
+    optimizer._prepared = prepared
+    return prepared
+
+
+def _known(optimizer: FusedOptimizer, parameters: list[Tensor], updates: list[Update]) -> set[int]:
+    """Return the indices of parameters that rest at present, but have stepped before."""
+    before = optimizer._prepared
+    stepped: set[int] = set()
+    if before is not None and same_objects(before.parameters, parameters):
+        stepped = before.indices - before.torch_indices
+    known, index = set(), 0
+    for group, update in zip(optimizer.param_groups, updates, strict=True):
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter) or {}
+            # Where a state belongs to the rule, only one that is whole tells; without, only the last plan does.
+            stateful = optimizer._counts_steps or update.states
+            if bool(state) and all(isinstance(state.get(n), Tensor) for n in update.states) if stateful else index in stepped:
+                known.add(index)
+            index += 1
+    return known
+
+
+def _warn(optimizer: FusedOptimizer, reason: str) -> None:
+    if reason not in optimizer._warned and backends.state() == (None, False):
+        optimizer._warned = optimizer._warned | {reason}
+        warnings.warn(
+            f"{type(optimizer).__name__} runs by operations of torch, unfused, where {reason}; explain() tells for which "
+            "parameters, fused=False asks for torch's own implementation",
+            UserWarning,
+            stacklevel=levels_to_caller(),
+        )
