@@ -94,15 +94,17 @@ stack = runtime.stack_of_float64(LANES)
 
 
 @njit(**JIT)
-def add_row(sums, g_array, start, count, scale):
+def add_row(sums, address, count, scale):
+    # From its own first element, because an index that is a sum might be negative, and the loop would not vectorise.
+    g_array = carray(runtime.{format}_pointer(address), count)
     for lane in range(count):
-        g = float64(scale * {compute}(runtime.load_{format}(g_array, start + lane)))
+        g = float64(scale * {compute}(runtime.load_{format}(g_array, lane)))
         sums[lane] += g * g
 
 
 @njit(**JIT)
 def sum_of_squares(addresses, tensor, start, count, scale):
-    g_array = carray(runtime.{format}_pointer(addresses[1, tensor] + {itemsize} * start), count)
+    address = addresses[1, tensor] + {itemsize} * start
     sums = carray(stack(), LANES)
     # Of lanes without an element only those that meet others matter.
     used = LANES
@@ -110,10 +112,8 @@ def sum_of_squares(addresses, tensor, start, count, scale):
         used //= 2
     for lane in range(used):
         sums[lane] = 0.0
-    whole = count // LANES * LANES
-    for row in range(0, whole, LANES):
-        add_row(sums, g_array, row, LANES, scale)
-    add_row(sums, g_array, whole, count - whole, scale)
+    for first in range(0, count, LANES):
+        add_row(sums, address + {itemsize} * first, min(LANES, count - first), scale)
     while used > 1:
         used //= 2
         for lane in range(used):
