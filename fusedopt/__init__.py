@@ -12,6 +12,7 @@ from fusedopt.adagrad import Adagrad
 from fusedopt.adam import Adam, AdamW
 from fusedopt.adamax import Adamax
 from fusedopt.asgd import ASGD
+from fusedopt.clipping import clip_grad_norm_
 from fusedopt.groups import no_decay_groups
 from fusedopt.lion import Lion
 from fusedopt.momentum import Momentum
@@ -42,6 +43,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "SparseAdam",
+    "clip_grad_norm_",
     "lr_scheduler",
     "no_decay_groups",
     "swa_utils",

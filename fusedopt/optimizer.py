@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
+from torch.optim.swa_utils import AveragedModel
 
-from fusedopt import checkpoints, paths, planning
+from fusedopt import averages, checkpoints, paths, planning
 from fusedopt.kernels import backends, layout
 from fusedopt.kernels.norms import Clipping
 from fusedopt.kernels.plan import Plan
@@ -47,6 +49,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _warned: frozenset[str] = frozenset()
     _grad_norm: Tensor | None = None
     _skipped_steps: Tensor | None = None
+    _swapped: bool = False
     #: Plans whose tables CUDA graphs read when they are replayed; they must live as long.
     _captured: Sequence[Plan] = ()
 
@@ -124,6 +127,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: if ``fused=True`` and a kernel cannot serve a parameter; or a parameter is on the meta device,
                 overlaps itself, or differs from its gradient in shape or device.
         """
+        if self._swapped:
+            raise RuntimeError("the parameters hold their averages: step after the block of swap_ema()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -279,6 +284,36 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> Tensor:
         """How many steps ``skip_nonfinite`` has left out since this optimizer was made: one whole number, on its device."""
         return torch.zeros((), dtype=torch.int64, device="cpu") if self._skipped_steps is None else self._skipped_steps
+
+    def swap_ema(self) -> AbstractContextManager[None]:
+        """Have the parameters hold their averages for the time of a ``with`` block, to evaluate or save them.
+
+        Raises:
+            RuntimeError: if there are none, as ``ema_decay`` was not given or no step has been taken.
+
+        Example:
+            >>> with optimizer.swap_ema():
+            ...     validate(model)
+        """
+        return averages.swap(self)
+
+    def store_ema(self, model: torch.nn.Module, averaged: AveragedModel) -> None:
+        """Write the averages into ``averaged``, a ``torch.optim.swa_utils.AveragedModel`` of ``model``.
+
+        Raises:
+            ValueError: if it is of another model.
+        """
+        averages.store(self, model, averaged)
+
+    def load_ema(self, model: torch.nn.Module, averaged: AveragedModel) -> None:
+        """Go on from the averages in ``averaged``, a ``torch.optim.swa_utils.AveragedModel`` of ``model``.
+
+        Load the state of the optimizer first: at a parameter's first step the average starts anew.
+
+        Raises:
+            ValueError: if it is of another model.
+        """
+        averages.load(self, model, averaged)
 
     def _check_capture(self) -> None:
         # A rule that counts steps would have its bias corrections frozen in the graph.

@@ -94,6 +94,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             "step_size_min": ("step_sizes", 0),
             "step_size_max": ("step_sizes", 1),
         }
+        if name not in options:
+            return super()._hyperparameter(group, name)
         option, place = options[name]
         return group[option][place]
 

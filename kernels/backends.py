@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusedopt.kernels import layout
+from fusedopt.kernels.formats import FORMATS
 from fusedopt.kernels.tables import BY_ADDRESS
 
 if TYPE_CHECKING:
@@ -139,6 +140,22 @@ def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int
         totals: [slots], in float64, on the device that counts the bucket's steps.
     """
     _module(bucket.backend).add_sums_of_squares(bucket, launch, slots, totals)
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> float | None:
+    """Return the sum of squares of ``tensors`` by a compiled kernel, or None where none serves all of them.
+
+    One serves dense tensors of a CPU, of one real dtype.
+    """
+    kinds = {(type(tensor), tensor.dtype, tensor.device.type, tensor.layout) for tensor in tensors}
+    if len(kinds) != 1 or disabled() or _is_set("NUMBA_DISABLE_JIT"):
+        return None
+    _, dtype, device, kind = kinds.pop()
+    served = device == "cpu" and kind == torch.strided and dtype in FORMATS and layout.is_plain_memory(tensors[0])
+    if not served or (dtype == torch.float16 and half_obstacle()) or not all(map(layout.is_dense, tensors)):
+        return None
+    total: float = _module("numba").sum_of_squares(tensors, FORMATS[dtype])
+    return total
 
 
 @functools.cache

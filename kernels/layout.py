@@ -85,6 +85,11 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(literal) if literal.is_complex() else literal
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has all numbers in one piece of memory, in whatever order, each once."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements of ``tensor`` surely share memory, as those of an expanded tensor do."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -10,8 +10,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
+import numpy
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fusedopt.kernels import backends, gpu
@@ -37,24 +40,24 @@ def executing(target: str = "sm_90", settings: Settings | None = None) -> Iterat
 
 @contextlib.contextmanager
 def _announcing() -> Iterator[None]:
-    run, stand_in = gpu.run, Bucket.stand_in
-    copies: list[Tensor] = []
+    run, add_sums_of_squares = gpu.run, gpu.add_sums_of_squares
 
-    def noted_stand_in(bucket: Bucket, launch: Launch) -> Sequence[tuple[Tensor, Tensor, int, int]]:
-        pairs = stand_in(bucket, launch)
-        copies[:] = [copy for _, copy, _, _ in pairs]
-        return pairs
-
-    def announced_run(bucket: Bucket, launch: Launch) -> None:
+    def announced(bucket: Bucket, launch: Launch) -> AbstractContextManager[None]:
         gradients = launch.gradients or [parameter.grad for parameter in bucket.parameters]
         columns = (bucket.parameters, gradients, *bucket.states)
         active = [tensor for column in columns for tensor, takes_part in zip(column, launch.active, strict=True) if takes_part]
-        with memory(*(tensor for tensor in active if tensor is not None), *copies):
-            run(bucket, launch)
-        copies.clear()
+        return memory(*(tensor for tensor in active if tensor is not None), *(copy for _, copy, _, _ in launch.stand_ins))
 
-    gpu.run, Bucket.stand_in = announced_run, noted_stand_in  # type: ignore[assignment, method-assign]
+    def announced_run(bucket: Bucket, launch: Launch) -> None:
+        with announced(bucket, launch):
+            run(bucket, launch)
+
+    def announced_sums(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: Tensor) -> None:
+        with announced(bucket, launch):
+            add_sums_of_squares(bucket, launch, slots, totals)
+
+    gpu.run, gpu.add_sums_of_squares = announced_run, announced_sums
     try:
         yield
     finally:
-        gpu.run, Bucket.stand_in = run, stand_in  # type: ignore[method-assign]
+        gpu.run, gpu.add_sums_of_squares = run, add_sums_of_squares
