@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import fusedopt
+from fusedopt.kernels import backends
 from training import (
     MAKERS,
     NAMES,
@@ -297,6 +298,46 @@ def shards(rank, name, most):
 @each_name
 def test_fsdp2_with_unequal_shards(processes, name, most):
     processes.run(shards, name, most)
+
+
+def clipped_in_the_step(rank, name, backend):
+    """The norm is that of whole gradients, on both ranks; replicated tensors count once."""
+    model = sharded(make_model())
+    optimizer = make_ours(name, model.parameters(), max_grad_norm=0.3, ema_decay=0.5)
+    for batch in halves(rank, 5):
+        backward(model, batch)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor()
+        with backends.use(backend):
+            optimizer.step(zero_grad=True)
+        torch.testing.assert_close(optimizer.grad_norm, norm.double(), rtol=1e-5, atol=0)
+        assert not any(p.grad.to_local().any() for p in model.parameters())
+    assert_same_weights(name, whole(model), alone(name, most=0.3))
+    with optimizer.swap_ema():
+        averages = whole(model)
+    assert not torch.equal(averages[0].weight, whole(model)[0].weight)
+
+
+@pytest.mark.parametrize("backend", ["numba", "tensor"])
+@some_names
+def test_clipping_in_the_step_by_the_norm_over_all_ranks(processes, name, backend):
+    processes.run(clipped_in_the_step, name, backend)
+
+
+def skipped_by_one_rank(rank):
+    """An infinity in the shard of one rank keeps both from stepping."""
+    model = sharded(make_model())
+    optimizer = make_ours("AdamW", model.parameters(), skip_nonfinite=True)
+    before = whole(model)
+    backward(model, halves(rank, 1)[0])
+    if rank == 0:
+        list(model.parameters())[-1].grad.to_local().fill_(torch.inf)
+    optimizer.step()
+    assert int(optimizer.skipped_steps) == 1
+    assert all(torch.equal(p, q) for p, q in zip(whole(model).parameters(), before.parameters(), strict=True))
+
+
+def test_a_norm_that_is_infinite_on_one_rank(processes):
+    processes.run(skipped_by_one_rank)
 
 
 def explained_shards(rank):
