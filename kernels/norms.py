@@ -8,6 +8,7 @@ of pieces, in the order of a bucket's chunks, are summed likewise by ``PIECE_LAN
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,11 +133,16 @@ class Clip:
 
 def clip(norms: Tensor, clipping: Clipping) -> Clip:
     """Return what follows from ``norms`` by scope, on their device and without waiting for it."""
-    largest = torch.tensor(
-        [torch.inf if norm is None else float(norm) for norm in clipping.max_norms], dtype=torch.float64, device="cpu"
-    ).to(norms.device, non_blocking=True)
+    largest, scopes = _on_device(clipping, norms.device)
     # What is not clipped is left alone, also by a norm that is not a number.
-    unclipped = largest == torch.inf
-    factors = torch.where(unclipped, 1.0, (largest / (norms + EPSILON)).clamp(max=1.0))
-    scopes = torch.tensor(clipping.scope_of_group, device="cpu").to(norms.device, non_blocking=True)
+    factors = torch.where(largest == torch.inf, 1.0, (largest / (norms + EPSILON)).clamp(max=1.0))
     return Clip(norms, norms.isfinite().all(), factors[scopes])
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(clipping: Clipping, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the largest norm by scope, infinite where nothing is clipped, and the scope of each group."""
+    norms = [torch.inf if norm is None else float(norm) for norm in clipping.max_norms]
+    with torch.inference_mode(False):  # they outlive the mode
+        largest = torch.tensor(norms, dtype=torch.float64, device=device)
+        return largest, torch.tensor(clipping.scope_of_group, dtype=torch.int64, device=device)

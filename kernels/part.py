@@ -166,9 +166,8 @@ class Part:
         in_kernel = zero_grad and bucket.by_address and not bucket.stands_in
         kind = self._kinds[loss_scale is not None and loss_scale.grad_scale is not None, in_kernel]
         if gradients is None:
-            # Their addresses are known; who writes or copies them needs themselves.
-            needed = kind.unscale or zero_grad or bucket.stands_in
-            gradients = [parameter.grad for parameter in bucket.parameters] if needed else []
+            # Their addresses are known; who copies them needs themselves.
+            gradients = [parameter.grad for parameter in bucket.parameters] if bucket.stands_in else []
         if bucket.by_address and not self._unchanged:
             self._read_gradient_addresses(gradients, pattern)
         # Where copies stand in for tensors, their addresses are this step's alone.
@@ -256,7 +255,10 @@ class Part:
                 self._watch.count_versions()
             else:
                 torch.autograd.graph.increment_version(self._versioned)
-            if launch.kind.unscale or launch.kind.zero_grad:
+            writes_gradients = launch.kind.unscale or launch.kind.zero_grad
+            if writes_gradients and self._watch is not None:
+                self._watch.count_gradient_versions()
+            elif writes_gradients:
                 torch.autograd.graph.increment_version([g for g in launch.gradients if g is not None])
 
 

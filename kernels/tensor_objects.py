@@ -118,6 +118,17 @@ def count_versions(tensors):
             counter = word(tensors[row, i], {version})
             if counter != 0:
                 add_to_count(counter + {count})
+
+
+@njit("void(int64[:, ::1], int64)", cache=True, **JIT)
+def count_gradient_versions(tensors, no_gradient):
+    for i in range(tensors.shape[1]):
+        autograd = word(tensors[0, i], {autograd})
+        gradient = no_gradient if autograd == 0 else word(autograd, {gradient})
+        if gradient != no_gradient and gradient != 0:
+            counter = word(gradient, {version})
+            if counter != 0:
+                add_to_count(counter + {count})
 '''
 
 
@@ -177,18 +188,23 @@ class Watch:
             places,
             numpy.array(versions, numpy.int64),
         )
-        self._unchanged, self._count_versions = functions.unchanged, functions.count_versions
+        self._no_gradient = found.no_gradient
+        self._functions = functions
 
     def unchanged(self) -> bool:
         """Whether all is as it was but for the addresses of gradients, which are written into the bucket's.
 
         After False they may be anything.
         """
-        return bool(self._unchanged(*self._arguments))
+        return bool(self._functions.unchanged(*self._arguments))
 
     def count_versions(self) -> None:
         """Tell autograd that parameters and states have been written."""
-        self._count_versions(self._tensors)
+        self._functions.count_versions(self._tensors)
+
+    def count_gradient_versions(self) -> None:
+        """Tell autograd that gradients have been written."""
+        self._functions.count_gradient_versions(self._tensors, self._no_gradient)
 
 
 def watch(bucket: Bucket, dicts: Sequence[dict[str, Any]], gradients: Sequence[Tensor | None]) -> Watch | None:
