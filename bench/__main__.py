@@ -15,7 +15,8 @@ from rich.progress import Progress
 from .cases import CASES, OPTIMIZERS
 from .first_step import CHECKOUT
 from .machine import Machine
-from .report import BUSY_LOAD, write, wrong_subjects
+from .report import write
+from .report.contests import BUSY_LOAD, wrong_subjects
 from .run import FULL, PARTS, QUICK, Choice, read, run
 from .subjects import SUBJECTS
 

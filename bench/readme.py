@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 from .first_step import CHECKOUT
 from .plots import overview, save_png
-from .report import machine_line, markdown_table, ratio_table
+from .report.cells import machine_line
+from .report.contests import ratio_table
+from .report.page import markdown_table
 from .run import MAIN_OPTIMIZERS, read
 
 TABLE, PICTURE = "bench", "bench-picture"

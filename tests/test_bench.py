@@ -19,6 +19,7 @@ from bench import compare, costs, measure, models, plots, readme, report, roofli
 from bench.cases import CASES, OPTIMIZERS, PERIOD, Case, llama_stack, values
 from bench.first_step import CHECKOUT, FirstStep, measure_first_step
 from bench.measure import CHECKED_STEPS, Entrant, Spread, Timing
+from bench.report import cells
 from bench.subjects import FOREACH, FUSED, FUSED_FLOAT32, LOOP, ON_CPU, OURS, OURS_BFLOAT16, SUBJECTS, Subject
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -377,8 +378,8 @@ def test_reports_hold_what_was_measured(whole_run, suffix):
     for result in [*record.results, *record.bfloat16]:
         ours = next(timing for timing in result.timings if timing.subject.startswith("fusedopt"))
         if result.device == "cpu":
-            assert report._number(ours.milliseconds.median) in text
-            assert report._spread(ours.ratio) in text
+            assert cells.number(ours.milliseconds.median) in text
+            assert cells.spread(ours.ratio) in text
     for expected in (torch.__version__, record.machine.cpu, "python -m bench", "not installed", "make bench-compare"):
         assert expected in text
 

@@ -1,0 +1,181 @@
+"""Sections on whole steps on the CPU: each optimizer on each case, against the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+from ..run import MAIN_OPTIMIZERS, MANY_ELEMENTS
+from . import cells
+from .page import Picture, Section, Table
+
+#: Other programs kept a third of a core or more in the minute before.
+BUSY_LOAD = 0.3
+
+
+def wrong_subjects(record: SimpleNamespace) -> list[str]:
+    """A line for each subject that computed something else than torch's for-loop, or failed."""
+    return [
+        f"{timing.subject}, {result.optimizer}, {result.title}: {timing.wrong}"
+        for result in [*record.results, *record.bfloat16]
+        for timing in result.timings
+        if timing.wrong
+    ]
+
+
+def ratio_table(results: Iterable[SimpleNamespace]) -> Table:
+    """The table of the README: torch's fused step against ours."""
+    heading = [
+        "optimizer",
+        "case",
+        "elements",
+        "torch, ms",
+        "fusedopt, ms",
+        "torch / ours",
+        "moved gradients",
+        "GB/s",
+        "of the limit",
+    ]
+    rows = []
+    for result in results:
+        ours, theirs = cells.timing_of(result, "fusedopt"), cells.timing_of(result, result.baseline)
+        if ours and theirs and ours.milliseconds:
+            numbers = [cells.number(theirs.milliseconds.median), cells.number(ours.milliseconds.median), cells.spread(ours.ratio)]
+            numbers += [cells.spread(ours.moved_ratio), f"{ours.gigabytes_per_second:.1f}", cells.percent(ours.share_of_limit)]
+            rows.append([result.optimizer, result.title, cells.count(result.elements), *numbers])
+    return Table(heading, rows, frozenset({0, 1}))
+
+
+def summary(record: SimpleNamespace) -> Section:
+    section = Section("In short")
+    for name in MAIN_OPTIMIZERS:
+        ratios = [
+            (t.ratio.median, r.title) for r in cells.on_cpu(record, [name]) if (t := cells.timing_of(r, "fusedopt")) and t.ratio
+        ]
+        if ratios:
+            (least, slow), (most, fast) = min(ratios), max(ratios)
+            section.blocks.append(
+                f"**{name}**, whole steps against torch's fused implementation: between {cells.number(least)} ({slow}) and "
+                f"{cells.number(most)} ({fast}) times as fast."
+            )
+    noise = sorted(cells.noise(t.ratio) for r in cells.on_cpu(record, None) if (t := cells.timing_of(r, "fusedopt")) and t.ratio)
+    if noise:
+        section.blocks.append(
+            f"Noise: quartiles of a ratio are {100 * noise[len(noise) // 2]:.1f} % of it apart in the middle contest, and "
+            f"{100 * noise[-1]:.0f} % in the noisiest. They stand beside each ratio."
+        )
+    load = record.machine.load
+    if load is not None and load > BUSY_LOAD:
+        section.blocks.append(
+            f"**Other programs were running** when this began (load {load:.1f}): what they took, and from whom, shows in these "
+            "numbers."
+        )
+    section.blocks += [f"**WRONG, so not timed:** {line}." for line in wrong_subjects(record)]
+    section.blocks.append(f"Machine: {cells.machine_line(record.machine)}. Repeat with `{record.command}`, from a checkout.")
+    return section
+
+
+def main_optimizers(record: SimpleNamespace) -> list[Section]:
+    sections = []
+    for name in MAIN_OPTIMIZERS:
+        results = cells.on_cpu(record, [name])
+        if results:
+            slow = [
+                title
+                for title in ("torch loop", "torch foreach", *cells.others(results))
+                if any(cells.timing_of(r, title) for r in results)
+            ]
+            rows = []
+            for result in results:
+                ours = cells.timing_of(result, "fusedopt")
+                if not (ours and ours.milliseconds and result.baseline):
+                    continue
+                times = [cells.median(cells.timing_of(result, title)) for title in (*slow, "torch fused", "fusedopt")]
+                ratios = [cells.spread(ours.ratio), cells.spread(ours.moved_ratio)]
+                rates = [
+                    f"{ours.gigabytes_per_second:.1f}",
+                    cells.number(result.limit_gigabytes_per_second.median),
+                    cells.percent(ours.share_of_limit),
+                ]
+                rows.append([result.title, f"{result.tensors:,}", cells.count(result.elements), *times, *ratios, *rates])
+            heading = ["case", "tensors", "elements", *(f"{title}, ms" for title in (*slow, "torch fused", "fusedopt"))]
+            heading += ["torch fused / ours", "moved gradients", "ours, GB/s", "limit, GB/s", "of the limit"]
+            sections.append(Section(f"{name}, float32, on the CPU", [Table(heading, rows)] if rows else []))
+    if sections and sections[0].blocks:
+        sections[0].blocks.insert(
+            0,
+            "A whole `optimizer.step()`, medians. *torch fused / ours*: ratio of the times, round by round, above 1 where fusedopt "
+            "is faster; quartiles in brackets. *Moved gradients*: the same ratio where each step finds its gradients at new "
+            "addresses, as after `zero_grad()`. *GB/s*: the bytes that the step has to move, over its time.",
+        )
+        sections[-1].blocks.append(Picture("speed", "Elements updated per second; the axis is logarithmic."))
+        sections[-1].blocks.append(
+            Picture(
+                "limit_shares",
+                "Share of what the memory, or the caches where a case fits into them, can deliver for the same streams.",
+            )
+        )
+        large = [result.title for result in cells.on_cpu(record, MAIN_OPTIMIZERS[:1]) if result.elements > MANY_ELEMENTS]
+        if large:
+            sections[-1].blocks.append(
+                f"torch's for-loop and lists of tensors take seconds a step on {cells.listed(large)}, and were left out there."
+            )
+    return sections
+
+
+def beside(theirs: SimpleNamespace, ours: SimpleNamespace) -> list[str]:
+    """The times of both, and their ratio with the same gradients and with moved ones."""
+    times = [cells.number(each.milliseconds.median) for each in (theirs, ours)]
+    return [*times, cells.spread(ours.ratio), cells.spread(ours.moved_ratio)]
+
+
+def other_optimizers(record: SimpleNamespace) -> Section:
+    names = list(dict.fromkeys(r.optimizer for r in record.results if r.optimizer not in MAIN_OPTIMIZERS))
+    rows = []
+    for result in cells.on_cpu(record, names):
+        ours, theirs = cells.timing_of(result, "fusedopt"), cells.timing_of(result, result.baseline)
+        if ours and theirs and ours.milliseconds:
+            numbers = beside(theirs, ours)
+            rows.append([result.optimizer, result.title, theirs.subject, *numbers, cells.percent(ours.share_of_limit)])
+    if not rows:
+        return Section("Other optimizers")
+    heading = ["optimizer", "case", "torch's best", "torch, ms", "fusedopt, ms", "torch / ours", "moved gradients", "of the limit"]
+    text = (
+        "Against the fastest that torch has on a CPU: its fused implementation where there is one, else the faster of its for-loop "
+        "and its lists of tensors."
+    )
+    return Section("Other optimizers", [text, Table(heading, rows, frozenset({0, 1, 2}))])
+
+
+def bfloat16(record: SimpleNamespace) -> Section:
+    rows = []
+    for result in record.bfloat16:
+        ours, theirs = cells.timing_of(result, "fusedopt, bfloat16"), cells.timing_of(result, result.baseline)
+        if ours and theirs and ours.milliseconds:
+            numbers = beside(theirs, ours)
+            rows.append(
+                [result.optimizer, result.title, *numbers, f"{ours.gigabytes_per_second:.1f}", cells.percent(ours.share_of_limit)]
+            )
+    heading = [
+        "optimizer",
+        "case",
+        "torch float32, ms",
+        "fusedopt, ms",
+        "torch / ours",
+        "moved gradients",
+        "ours, GB/s",
+        "of the limit",
+    ]
+    text = "Parameters and gradients in bfloat16 with states in float32, against torch's fused step all in float32."
+    return Section("bfloat16", [text, Table(heading, rows, frozenset({0, 1}))] if rows else [])
+
+
+def subjects(record: SimpleNamespace) -> Section:
+    rows = []
+    for subject in record.subjects:
+        own = [t for result in record.results for t in result.timings if t.subject == subject.name]
+        wrong = next((timing.wrong for timing in own if timing.wrong), None)
+        errors = [timing.error_ulps for timing in own if timing.error_ulps is not None]
+        said = subject.obstacle or (f"wrong, so not timed: {wrong}" if wrong else "measured" if own else "not chosen")
+        rows.append([subject.name, said, f"{max(errors):.2g}" if errors else ""])
+    return Section("Who took part", [Table(["implementation", "here", "largest error, ulps"], rows, frozenset({0, 1}))])
