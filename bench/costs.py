@@ -9,20 +9,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cases import Case, Optimizer
+from .compiled import in_child
 from .measure import Entrant, Spread, interleaved
-from .subjects import FOREACH, FUSED, LOOP, OURS, Subject
+from .subjects import FOREACH, FUSED, LOOP, ON_GPU, OURS, Subject
 
 HOST_TENSORS = (10, 100, 1_000, 10_000)
 #: More elements than the calling thread keeps to itself, few enough for the caches.
 THREADED_CASE = Case.equal(1, 262_144)
+#: What is measured with a driver that launches nothing: with coefficients from the host, and from the device.
+UNLAUNCHED, UNLAUNCHED_CAPTURABLE = "fusedopt, nothing launched", "fusedopt, capturable, nothing launched"
 #: Threads of torch and ours are asleep after this long.
 PAUSE_SECONDS = 0.02
 
@@ -77,15 +82,43 @@ class ThreadStart:
     after_pause: Spread
 
 
-def host_costs(optimizer: Optimizer, seconds: float, numbers: Sequence[int] = HOST_TENSORS) -> list[HostCost]:
-    """Measure torch's fused implementation and ours."""
+def host_costs(
+    optimizer: Optimizer, seconds: float, numbers: Sequence[int] = HOST_TENSORS, subjects: Sequence[Subject] = (FUSED, OURS)
+) -> list[HostCost]:
+    """Measure the host's part of steps; on a CPU it does the kernel's work as well."""
     found = []
     for number in numbers:
-        entrants = {subject.name: _entrant(subject, optimizer, Case.equal(number, 1)) for subject in (FUSED, OURS)}
-        same = interleaved({name: entrant.take for name, entrant in entrants.items()}, entrants, seconds)
-        moved = interleaved({name: entrant.take_moved for name, entrant in entrants.items()}, entrants, seconds)
-        found += [HostCost(name, number, _microseconds(same[name]), _microseconds(moved[name])) for name in entrants]
+        entrants = {subject.name: _entrant(subject, optimizer, Case.equal(number, 1)) for subject in subjects}
+        both = []
+        for moved in (False, True):
+            turns = {
+                name: functools.partial(entrant.take_after, prepare=entrant.move_gradients if moved else None, host_alone=True)
+                for name, entrant in entrants.items()
+            }
+            both.append(interleaved(turns, turns, seconds))
+        found += [HostCost(name, number, *(_microseconds(times[name]) for times in both)) for name in entrants]
     return found
+
+
+def gpu_host_costs(optimizer: Optimizer, seconds: float, numbers: Sequence[int] = HOST_TENSORS) -> list[HostCost]:
+    """Measure the host's part of our steps on a GPU: by a driver that launches nothing, and on the GPU where there is one."""
+    found = in_child(_unlaunched_host_costs, optimizer, seconds, numbers)
+    on_gpu = [subject for subject in ON_GPU if subject.package is None and subject.obstacle is None and subject.serves(optimizer)]
+    return found + (host_costs(optimizer, seconds, numbers, on_gpu) if on_gpu else [])
+
+
+def _unlaunched_host_costs(optimizer: Optimizer, seconds: float, numbers: Sequence[int]) -> list[HostCost]:
+    from fusedopt.kernels import backends
+    from fusedopt.kernels.ptx.driver import driver
+
+    capturable = replace(OURS, name=UNLAUNCHED_CAPTURABLE, build=_capturable)
+    # The tables stay on the host: what remains is everything but the calls of CUDA.
+    with driver("sm_90", execute=False), backends.use("triton"):
+        return host_costs(optimizer, seconds, numbers, (replace(OURS, name=UNLAUNCHED), capturable))
+
+
+def _capturable(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Any:
+    return OURS.build(replace(optimizer, arguments={**optimizer.arguments, "capturable": True}), parameters)
 
 
 def breakdown(optimizer: Optimizer, case: Case, moved: bool, seconds: float) -> Breakdown:
@@ -152,16 +185,18 @@ class Launches:
         loop_operations: operations of torch that its for-loop calls, each a launch or more.
         foreach_operations: those that its lists of tensors take, each a launch for some dozens of tensors.
         fused_operations: those of its fused implementation, each a launch for some dozens of tensors.
+        profiled: kernels of a step that the profiler counts, by subject; empty without a GPU.
     """
 
     optimizer: str
     case: str
     tensors: int
     bytes_per_element: int
-    buckets: int | None
+    buckets: int
     loop_operations: int
     foreach_operations: int
     fused_operations: int | None
+    profiled: dict[str, int]
 
 
 def launches(optimizer: Optimizer, case: Case) -> Launches:
@@ -181,11 +216,26 @@ def launches(optimizer: Optimizer, case: Case) -> Launches:
         case.title,
         case.tensors,
         2 * sum(itemsizes) - itemsizes[1],
-        ours.buckets(),
+        len(ours.kinds()),
         operations[LOOP],
         operations[FOREACH],
         operations.get(FUSED),
+        {
+            subject.name: count_kernels(_entrant(subject, optimizer, small).step)
+            for subject in ON_GPU
+            if subject.package is None and subject.obstacle is None and subject.serves(optimizer)
+        },
     )
+
+
+def count_kernels(work: Callable[[], None]) -> int:
+    """Count the kernels that `work` launches on the GPU, copies apart."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    on_gpu = [event.name for event in found.events() or [] if event.device_type.name == "CUDA"]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu)
 
 
 class _Operations(TorchDispatchMode):

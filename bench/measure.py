@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,8 +119,11 @@ class Entrant:
         """
         return self.take_after(seconds, self.move_gradients)
 
-    def take_after(self, seconds: float, prepare: Callable[[], None] | None) -> float:
-        """The same, with `prepare` called before every step, outside of the time measured."""
+    def take_after(self, seconds: float, prepare: Callable[[], None] | None, host_alone: bool = False) -> float:
+        """The same, with `prepare` called before every step, outside of the time measured.
+
+        Where the host's time alone is asked for, a step counts until it returns, whether or not the GPU has done its part.
+        """
         total, steps, begun = 0.0, 0, time.perf_counter()
         while steps == 0 or time.perf_counter() - begun < seconds:
             if prepare is not None:
@@ -127,8 +131,10 @@ class Entrant:
                 self._wait()
             started = time.perf_counter()
             self._built.step()
-            self._wait()
+            if not host_alone:
+                self._wait()
             total += time.perf_counter() - started
+            self._wait()
             steps += 1
         return total / steps
 
@@ -143,11 +149,9 @@ class Entrant:
         """Take one step."""
         self._built.step()
 
-    def buckets(self) -> int | None:
-        """Launches of a step of ours; None where the optimizer does not tell."""
-        plan = getattr(getattr(self._built, "_prepared", None), "plan", None)
-        parts = getattr(plan, "parts", None)
-        return None if parts is None else len(parts)
+    def kinds(self) -> list[Any]:
+        """What each launch of a step of ours is compiled for."""
+        return [part.bucket.kind for part in self._built._prepared.plan.parts]
 
     def _take_on_gpu(self, seconds: float) -> float:
         # Steps follow each other as in training, without the host waiting for each.

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from . import costs, surroundings
+from . import compiled, costs, prediction, surroundings
 from .cases import CASES, OPTIMIZERS, SYNTHETIC, Case, Optimizer
 from .first_step import measure_first_step
 from .machine import Machine
@@ -23,7 +23,7 @@ from .subjects import FUSED_FLOAT32, ON_CPU, ON_GPU, OURS_BFLOAT16, SUBJECTS, Su
 MANY_ELEMENTS = 50_000_000
 SLOW_SUBJECTS = ("torch loop", "torch foreach", "torch foreach, CUDA")
 MAIN_OPTIMIZERS = ("AdamW", "SGD momentum")
-PARTS = ("steps", "bfloat16", "costs", "threads", "busy", "first-step")
+PARTS = ("steps", "bfloat16", "costs", "threads", "busy", "first-step", "predictions")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def tasks(extent: Extent, choice: Choice) -> list[Task]:
         for case, moved in ((SYNTHETIC[3], True), (Case.equal(1000, 1), True), (Case.equal(1000, 1), False)):
             found.append((f"parts of a step, {case.title}", "breakdowns", _one(costs.breakdown, adamw, case, moved, seconds)))
         found.append(("start of threads", "thread_starts", partial(costs.thread_starts, adamw, seconds)))
+        if compiled.obstacle() is None:
+            found.append(("host's part of a step on a GPU", "gpu_host_costs", partial(costs.gpu_host_costs, adamw, seconds)))
         for name in MAIN_OPTIMIZERS:
             for case in (SYNTHETIC[3], CASES["resnet50"], CASES["gpt2-small"]):
                 found.append((f"launches, {case.title}", "launches", _one(costs.launches, OPTIMIZERS[name], case)))
@@ -115,6 +117,9 @@ def tasks(extent: Extent, choice: Choice) -> list[Task]:
             found.append((f"beside a busy core, {case.title}", "busy", beside))
     if _wants("first-step", choice):
         found += [(f"first step, {name}", "first_steps", _one(measure_first_step, name)) for name in extent.first_steps]
+    if _wants("predictions", choice) and compiled.obstacle() is None:
+        predicted = partial(prediction.predictions, MAIN_OPTIMIZERS, _chosen(extent.cases, choice))
+        found.append(("predicted times on GPUs", "predictions", predicted))
     return found
 
 
@@ -180,10 +185,15 @@ def run(extent: Extent, choice: Choice, command: str, begin: Callable[[str, int,
     return record
 
 
-RECORDED = ("results", "bfloat16", "host_costs", "breakdowns", "thread_starts", "launches", "scaling", "busy", "first_steps")
+RECORDED = (
+    *("results", "bfloat16", "host_costs", "gpu_host_costs", "breakdowns", "thread_starts", "launches", "scaling", "busy"),
+    *("first_steps", "predictions"),
+)
 
 
 def read(path: Path) -> SimpleNamespace:
-    """Read a record; what was a dict has attributes."""
+    """Read a record; what was a dict has attributes, and what is newer than the record is empty."""
     found: SimpleNamespace = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda d: SimpleNamespace(**d))
+    for name in RECORDED:
+        vars(found).setdefault(name, [])
     return found

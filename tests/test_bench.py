@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import compare, costs, measure, models, plots, readme, report, roofline, run, surroundings
+from bench import compare, compiled, costs, measure, models, plots, prediction, readme, report, roofline, run, surroundings
 from bench.cases import CASES, OPTIMIZERS, PERIOD, Case, llama_stack, values
 from bench.first_step import CHECKOUT, FirstStep, measure_first_step
 from bench.measure import CHECKED_STEPS, Entrant, Spread, Timing
 from bench.report import cells
+from bench.run import MAIN_OPTIMIZERS
 from bench.subjects import FOREACH, FUSED, FUSED_FLOAT32, LOOP, ON_CPU, OURS, OURS_BFLOAT16, SUBJECTS, Subject
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -278,6 +279,69 @@ def test_launches_are_counted(name, per_tensor):
     assert found.foreach_operations < 7 * per_tensor
 
 
+needs_compiler = pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
+
+
+def steps_that_compile():
+    """For a process that compiles: traffic and launches of the main optimizers, and what an unlaunched step leaves."""
+    from fusedopt.kernels import backends
+    from fusedopt.kernels.ptx import driver, execute, steps
+
+    traffic, launched = [], []
+    for name in MAIN_OPTIMIZERS:
+        traffic.append(prediction.count_traffic(name))
+        entrant = Entrant(OURS, OPTIMIZERS[name], MIXED)
+        with steps.executing("sm_90", execute.Settings(races=False)) as session:
+            entrant.step_with_gradients(1)
+            session.launches.clear()
+            entrant.step_with_gradients(2)
+        launched.append([counts for _, counts in session.launches])
+    entrant = Entrant(OURS, ADAMW, TINY)
+    with driver.driver("sm_90", execute=False) as session, backends.use("triton"):
+        entrant.step_with_gradients(1)
+    parameters = [parameter.detach().numpy() for parameter in entrant.parameters]
+    return traffic, launched, (parameters, session.compilations, session.launches)
+
+
+#: Full blocks, ragged ones, and tensors shorter than one.
+MIXED = Case("mixed", "mixed", ((3000,), (1,), (2, 1024), (700,), (5, 5, 5)))
+
+
+@needs_compiler
+def test_predicted_bytes_are_those_of_an_executed_step_and_an_unlaunched_step_does_nothing():
+    every_traffic, every_launch, (parameters, compilations, launches) = compiled.in_child(steps_that_compile)
+    for traffic, launched, per_element in zip(every_traffic, every_launch, (28, 20), strict=True):
+        assert len(launched) == traffic.launches == 1
+        assert traffic.bytes(MIXED) == sum(counts.bytes_loaded + counts.bytes_stored for counts in launched)
+        assert traffic.bytes_per_element == per_element
+    for parameter, start in zip(parameters, TINY.filled(values(0)), strict=True):
+        assert torch.equal(torch.from_numpy(parameter), start)
+    assert (compilations, launches) == (1, [])
+
+
+H100 = next(gpu for gpu in prediction.GPUS if gpu.name == "H100")
+TRAFFIC = prediction.Traffic("AdamW", 1024, 1, 28, 88, {"sm_80": 127.0, "sm_90": 127.0, "gfx942": 113.0})
+
+
+@pytest.mark.parametrize(
+    ("traffic", "case", "microseconds"),
+    [
+        # (28 x 10,240,000 + 88 x 10,000) bytes at 87 % of 3.35 TB/s, and 0.9 for a launch.
+        pytest.param(TRAFFIC, Case.equal(1, 10_240_000), 99.58, id="memory"),
+        # 1,000 programs of 1,024 elements, ragged or not, of 4,000 instructions each, 16,896 a cycle at 1.98 GHz.
+        pytest.param(
+            dataclasses.replace(TRAFFIC, instructions_per_element={"sm_90": 4000.0}), Case.equal(1000, 1), 123.3, id="instructions"
+        ),
+        pytest.param(dataclasses.replace(TRAFFIC, launches=100), Case.equal(1, 1), 90.0, id="launches"),
+    ],
+)
+def test_predictions_follow_what_takes_longest(traffic, case, microseconds):
+    found = prediction.predict(traffic, case, H100)
+    assert 1e3 * found.milliseconds == pytest.approx(microseconds, rel=1e-3)
+    longest = max(found.memory_milliseconds, found.instruction_milliseconds)
+    assert found.milliseconds == pytest.approx(longest + found.launch_milliseconds)
+
+
 def test_thread_counts_are_put_back():
     with costs.threads_set(3):
         found = surroundings.scaling(ADAMW, [TINY], 0.0)
@@ -326,7 +390,8 @@ def whole_run(tmp_path_factory):
         patch.setattr(run, "FULL", extent)
         patch.setattr(command, "FULL", extent)
         patch.setattr(costs, "HOST_TENSORS", (1, 2))
-        patch.setattr(costs.host_costs, "__defaults__", ((1, 2),))
+        patch.setattr(costs.host_costs, "__defaults__", ((1, 2), (FUSED, OURS)))
+        patch.setattr(costs.gpu_host_costs, "__defaults__", ((1, 2),))
         patch.setattr(costs, "PAUSE_SECONDS", 0.0)
         patch.setattr(costs, "THREADED_CASE", TINY)
         patch.setattr(surroundings, "_START_SECONDS", 0.0)
@@ -336,6 +401,11 @@ def whole_run(tmp_path_factory):
         assert command.main(["--output", str(folder)]) == 0
     (record,) = folder.glob("*.json")
     return folder, record
+
+
+def recorded():
+    """What a whole run records here."""
+    return {*run.RECORDED} - ({"gpu_host_costs", "predictions"} if compiled.obstacle() else set())
 
 
 def texts(folder):
@@ -353,8 +423,10 @@ def test_a_run_writes_one_record_and_its_reports(whole_run):
         *itertools.product(["AdamW", "SGD momentum"], ["3x5", "2x4"]),
         *((name, "3x5") for name in OPTIMIZERS if name not in ("AdamW", "SGD momentum")),
     ]
-    for name in run.RECORDED:
+    for name in recorded():
         assert getattr(held, name), f"nothing was recorded of {name}"
+    unlaunched = {cost.subject for cost in held.gpu_host_costs if min(cost.same.median, cost.moved.median) > 0}
+    assert compiled.obstacle() or unlaunched >= {costs.UNLAUNCHED, costs.UNLAUNCHED_CAPTURABLE}
 
 
 @pytest.mark.parametrize("suffix", [".md", ".html"])
@@ -389,7 +461,9 @@ def test_without_a_gpu_the_report_says_so_and_shows_no_time(whole_run):
     record.machine.gpu = None
     record.results = [result for result in record.results if result.device == "cpu"]
     text = report.as_markdown("", report.document(record))
-    gpu = text[text.index("## CPU against GPU") : text.index("## Who took part")]
+    gpu = text[
+        text.index("## CPU against GPU") : text.index("## Predicted times" if compiled.obstacle() is None else "## Who took")
+    ]
     assert "no time on one was measured" in gpu
     assert " ms |" not in gpu
     assert "| AdamW | 3 x 5 | 3 | 28 | 1 | 1 | 8 | 24 |" in gpu
@@ -410,6 +484,49 @@ def test_with_a_gpu_both_stand_in_one_table(whole_run):
     assert "GPU torch, ms | GPU fusedopt, ms" in gpu
     assert "| 0.0625 | 0.0625 |" in gpu
     assert "no time on one was measured" not in gpu
+
+
+def predicted_table(record):
+    text = report.as_markdown("", report.document(record))
+    part = text[text.index("## Predicted times on GPUs") : text.index("## Who took part")]
+    lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("|")]
+    return part, lines[0], next(line for line in lines if line[:2] == ["AdamW", "3 x 5"])
+
+
+@needs_compiler
+def test_predictions_stand_beside_what_was_measured_and_say_what_they_are(whole_run):
+    record = run.read(whole_run[1])
+    record.machine.gpu = None
+    text, heading, row = predicted_table(record)
+    ours = next(t for t in record.results[0].timings if t.subject == "fusedopt")
+    assert "**Predicted, and not measured:**" in text
+    assert heading[3:] == ["CPU, measured, ms", *(f"{gpu.name}, predicted, ms" for gpu in prediction.GPUS)]
+    assert row[3] == cells.number(ours.milliseconds.median)
+    assert all(float(cell) > 0 for cell in row[4:])
+
+
+@needs_compiler
+def test_on_one_of_the_gpus_the_prediction_stands_beside_the_measurement(whole_run):
+    _, path = whole_run
+    record, on_gpu = run.read(path), run.read(path).results[0]
+    on_gpu.device = "cuda"
+    for timing in on_gpu.timings:
+        timing.subject += ", CUDA"
+        timing.milliseconds.median = 0.0625
+    record.machine.gpu = "NVIDIA H100 80GB HBM3"
+    record.results = [*(r for r in record.results if r.device == "cpu"), on_gpu]
+    predicted = next(p for p in record.predictions if (p.optimizer, p.case, p.gpu) == ("AdamW", "3x5", "H100"))
+    _, heading, row = predicted_table(record)
+    assert heading[-2:] == ["H100, measured, ms", "measured / predicted"]
+    assert row[-2:] == ["0.0625", cells.number(0.0625 / predicted.milliseconds)]
+
+
+def test_records_from_before_there_were_predictions_are_read(whole_run, tmp_path):
+    held = json.loads(whole_run[1].read_text(encoding="utf-8"))
+    del held["predictions"], held["gpu_host_costs"]
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(held), encoding="utf-8")
+    assert "Predicted" not in report.as_markdown("", report.document(run.read(older)))
 
 
 def test_the_page_needs_nothing_else(whole_run):
@@ -459,8 +576,8 @@ def test_a_wrong_subject_is_in_the_report_and_in_the_exit_status(tmp_path, monke
         (run.Choice(subjects=("fusedopt",)), {"results"}, 2 * len(run.QUICK.cases) + 8),
         (run.Choice(parts=("busy",)), {"busy"}, 2),
         (run.Choice(parts=("bfloat16", "first-step")), {"bfloat16", "first_steps"}, 3),
-        (run.Choice(cases=("1x1M",)), set(run.RECORDED), None),
-        (run.Choice(), set(run.RECORDED), None),
+        (run.Choice(cases=("1x1M",)), recorded(), None),
+        (run.Choice(), recorded(), None),
     ],
     ids=["one case and optimizer", "one subject", "one part", "two parts", "one case", "all"],
 )

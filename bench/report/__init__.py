@@ -32,7 +32,8 @@ def document(record: SimpleNamespace) -> list[Section]:
         costs.costs(record),
         costs.first_steps(record),
         costs.surroundings(record),
-        gpu.gpu(record),
+        gpu.measured(record),
+        gpu.predicted(record),
         contests.subjects(record),
         method.method(record),
     ]

@@ -13,14 +13,16 @@ from .page import Picture, Section, Table
 def costs(record: SimpleNamespace) -> Section:
     section = Section("What a step costs apart from its kernel")
     if record.host_costs:
-        heading = ["tensors", "torch fused, µs", "fusedopt, µs", "torch fused, new gradients, µs", "fusedopt, new gradients, µs"]
-        rows = []
-        for tensors in dict.fromkeys(cost.tensors for cost in record.host_costs):
-            own = {cost.subject: cost for cost in record.host_costs if cost.tensors == tensors}
-            spreads = [own["torch fused"].same, own["fusedopt"].same, own["torch fused"].moved, own["fusedopt"].moved]
-            rows.append([f"{tensors:,}", *(cells.spread(spread, 3) for spread in spreads)])
-        section.blocks += ["AdamW on tensors of one element each: nearly all of such a step is the host's.", Table(heading, rows)]
+        section.blocks.append("AdamW on tensors of one element each: nearly all of such a step is the host's.")
+        section.blocks.append(_host_table(record.host_costs))
         section.blocks.append(Picture("host_costs", "Both axes are logarithmic."))
+    if record.gpu_host_costs:
+        section.blocks.append(
+            "The host's part of such a step on a GPU. *Nothing launched*: the step is that of a GPU, with the tensors on the host "
+            "and a driver of Triton's that leaves launches out, so what CUDA itself takes of the host is not in the time. "
+            "*Capturable*: the coefficients are computed on the device, by a second kernel."
+        )
+        section.blocks.append(_host_table(record.gpu_host_costs))
     if record.breakdowns:
         section.blocks.append(
             "The same by function, from Python's profiler: each with the compiled code that it calls, checks and kernel included, "
@@ -42,6 +44,17 @@ def costs(record: SimpleNamespace) -> Section:
         )
         section.blocks.append(Table(heading, rows))
     return section
+
+
+def _host_table(costs: Sequence[SimpleNamespace]) -> Table:
+    subjects = list(dict.fromkeys(cost.subject for cost in costs))
+    rows = []
+    for tensors in dict.fromkeys(cost.tensors for cost in costs):
+        own = {cost.subject: cost for cost in costs if cost.tensors == tensors}
+        spreads = [*(own[subject].same for subject in subjects), *(own[subject].moved for subject in subjects)]
+        rows.append([f"{tensors:,}", *(cells.spread(found, 3) for found in spreads)])
+    heading = [*(f"{subject}, µs" for subject in subjects), *(f"{subject}, new gradients, µs" for subject in subjects)]
+    return Table(["tensors", *heading], rows)
 
 
 def _breakdown_table(breakdowns: Sequence[SimpleNamespace]) -> Table:

@@ -1,14 +1,15 @@
-"""The section on GPUs: measured where there is one, and what is known without."""
+"""Sections on GPUs: measured where there is one, and what is known and predicted without."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+from ..prediction import GPUS, LAUNCH_SECONDS
 from . import cells
 from .page import Section, Table
 
 
-def gpu(record: SimpleNamespace) -> Section:
+def measured(record: SimpleNamespace) -> Section:
     section = Section("CPU against GPU")
     on_gpu = [result for result in record.results if result.device == "cuda"]
     if on_gpu:
@@ -36,11 +37,18 @@ def gpu(record: SimpleNamespace) -> Section:
         heading = ["optimizer", "case", "tensors", "bytes an element", "our launches", "torch fused", "torch lists", "torch loop"]
         rows = [
             [
-                *(e.optimizer, e.case, f"{e.tensors:,}", str(e.bytes_per_element), str(e.buckets or "")),
+                *(e.optimizer, e.case, f"{e.tensors:,}", str(e.bytes_per_element), str(e.buckets)),
                 *("" if n is None else f"{n:,}" for n in (e.fused_operations, e.foreach_operations, e.loop_operations)),
             ]
             for e in record.launches
         ]
+        profiled = list(dict.fromkeys(subject for e in record.launches for subject in vars(e.profiled)))
+        if profiled:
+            heading += [f"profiled: {subject}" for subject in profiled]
+            rows = [
+                [*row, *(str(vars(e.profiled).get(subject, "")) for subject in profiled)]
+                for row, e in zip(rows, record.launches, strict=True)
+            ]
         section.blocks.append(Table(heading, rows, frozenset({0, 1})))
         section.blocks.append(
             "*Bytes an element*: what a step of float32 reads and writes, on any device. *Our launches*: one for each combination "
@@ -49,3 +57,67 @@ def gpu(record: SimpleNamespace) -> Section:
             "tensors in lists and in the fused implementation."
         )
     return section
+
+
+def predicted(record: SimpleNamespace) -> Section:
+    """Times by a roofline, beside those that were measured."""
+    section = Section("Predicted times on GPUs")
+    if not record.predictions:
+        return section
+    names = list(dict.fromkeys(each.gpu for each in record.predictions))
+    here = next((name for name in names if name in (record.machine.gpu or "")), None)
+    heading = ["optimizer", "case", "MB", "CPU, measured, ms", *(f"{name}, predicted, ms" for name in names)]
+    heading += [f"{here}, measured, ms", "measured / predicted"] if here else []
+    rows = []
+    for optimizer, case in dict.fromkeys((each.optimizer, each.case) for each in record.predictions):
+        own = {each.gpu: each for each in record.predictions if (each.optimizer, each.case) == (optimizer, case)}
+        first = own[names[0]]
+        row = [optimizer, first.title, cells.number(first.bytes / 1e6), cells.median(_ours(record, first, "cpu"))]
+        row += [cells.number(own[name].milliseconds) for name in names]
+        if here:
+            found = _ours(record, first, "cuda")
+            row.append(cells.median(found))
+            row.append(cells.number(found.milliseconds.median / own[here].milliseconds) if found and found.milliseconds else "")
+        rows.append(row)
+    section.blocks += [
+        "**Predicted, and not measured:** by a roofline. The bytes were counted by executing the PTX of a step on a CPU, tables "
+        "included. A step takes as long as they do at the rate that a copy reaches, or as the instructions do where that is "
+        f"longer, and {1e6 * LAUNCH_SECONDS:.1f} µs for each launch. Caches are left out, which the smaller cases fit into, and "
+        "so is the host, whose part stands above: a step cannot follow another sooner.",
+        Table(heading, rows, frozenset({0, 1})),
+        "What is assumed of the GPUs (sources: `bench/prediction.py`), and what instructions take at most on the largest of these "
+        "cases, as a share of the memory's time: all that are in the machine code, of both paths of a kernel, one a lane and "
+        "cycle.",
+        _assumptions(record, names),
+    ]
+    return section
+
+
+def _assumptions(record: SimpleNamespace, names: list[str]) -> Table:
+    optimizers = list(dict.fromkeys(each.optimizer for each in record.predictions))
+    rows = []
+    for gpu in (gpu for gpu in GPUS if gpu.name in names):
+        shares = []
+        for optimizer in optimizers:
+            own = [each for each in record.predictions if (each.optimizer, each.gpu) == (optimizer, gpu.name)]
+            largest = max(own, key=lambda each: each.bytes)
+            shares.append(f"{largest.instruction_milliseconds / largest.memory_milliseconds:.0%}")
+        published = [f"{gpu.bandwidth / 1e9:,.0f}", f"{gpu.copy_share:.0%}", f"{gpu.lanes:,}", f"{gpu.clock / 1e9:.2f}"]
+        rows.append([gpu.name, gpu.target, *published, *shares])
+    heading = [
+        "GPU",
+        "target",
+        "published GB/s",
+        "of it by a copy",
+        "lanes",
+        "GHz",
+        *(f"{name}, instructions" for name in optimizers),
+    ]
+    return Table(heading, rows, frozenset({0, 1}))
+
+
+def _ours(record: SimpleNamespace, prediction: SimpleNamespace, device: str) -> SimpleNamespace | None:
+    for result in record.results:
+        if (result.device, result.optimizer, result.case) == (device, prediction.optimizer, prediction.case):
+            return cells.timing_of(result, "fusedopt" if device == "cpu" else "fusedopt, CUDA")
+    return None

@@ -61,10 +61,11 @@ class Session:
 
     Args:
         settings: how launches are executed; may be replaced between launches.
+        execute: whether they are.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, execute: bool = True) -> None:
+        self.settings, self.execute = settings, execute
         self.number = next(_sessions)
         #: (name, counts) of each launch.
         self.launches: list[tuple[str, Counts]] = []
@@ -86,6 +87,9 @@ class _Launcher:
     session: Session
 
     def __init__(self, compiled: Any, metadata: Any) -> None:
+        self.session.compilations += 1
+        if not self.session.execute:
+            return
         self._signature = list(compiled.signature.values())
         self._metadata = metadata
         files = get_cache_manager(metadata.hash).get_group(f"{compiled.name[:150]}.json") or {}
@@ -100,9 +104,10 @@ class _Launcher:
         key = hashlib.sha256(ptx.encode()).hexdigest()
         self._kernel = _kernels.get(key) or Kernel(ptx)
         _kernels[key] = self._kernel
-        self.session.compilations += 1
 
     def __call__(self, *launch: Any) -> None:
+        if not self.session.execute:
+            return
         grid, arguments = launch[:3], launch[9:]
         flat: list[float] = []
         ranges = list(_announced)
@@ -145,6 +150,8 @@ class _Driver(DriverBase):  # type: ignore[misc]  # untyped
         super().__init__()
         self.session, self.utils = session, _Utilities()
         self._target = target
+        # Kernels are kept by device: one for each session, so that each compiles for its own target.
+        self._device = str(target), session.number
         self.launcher_cls = type("Launcher", (_Launcher,), {"session": session})
 
     @classmethod
@@ -158,8 +165,7 @@ class _Driver(DriverBase):  # type: ignore[misc]  # untyped
         return self._target
 
     def get_current_device(self) -> tuple[str, int]:
-        # Kernels are kept by device: one for each session, so that each compiles for its own target.
-        return str(self._target), self.session.number
+        return self._device
 
     def get_current_stream(self, device: object = None) -> int:  # noqa: ARG002
         return 0
@@ -172,12 +178,13 @@ class _Driver(DriverBase):  # type: ignore[misc]  # untyped
 
 
 @contextlib.contextmanager
-def driver(target: str = "sm_90", settings: Settings | None = None) -> Iterator[Session]:
+def driver(target: str = "sm_90", settings: Settings | None = None, execute: bool = True) -> Iterator[Session]:
     """Have Triton compile for ``target``, and launches on CPU tensors executed by their PTX.
 
     Args:
         target: a name of ``TARGETS``; only for those that start with sm_ can kernels be launched.
         settings: how to execute.
+        execute: False leaves launches out, so that the host's part of a step is all that takes time; needs no C compiler.
 
     Raises:
         ValueError: for a target that is not known.
@@ -187,7 +194,7 @@ def driver(target: str = "sm_90", settings: Settings | None = None) -> Iterator[
         raise ValueError(f"there is no target {target!r}; there are {', '.join(TARGETS)}")
     if knobs.runtime.interpret:
         raise RuntimeError("Triton's interpreter is on, and compiles nothing: unset TRITON_INTERPRET, and start anew")
-    session = Session(settings or Settings())
+    session = Session(settings or Settings(), execute)
     before = triton_driver._active
     triton_driver.set_active(_Driver(TARGETS[target], session))
     try:
