@@ -98,7 +98,11 @@ GPU**: that a kernel is right has been seen of its PTX and not of what `ptxas` m
 `tests/test_gpu_executed.py` runs the sm_90 PTX of every optimizer, dtype and option through the public interface: the
 parameters, the tables of addresses, the coefficients, and the kernel that computes coefficients on the device. The results equal
 those of the Numba kernels bit for bit; each access is checked for bounds, alignment and races; programs and threads in reversed
-and in shuffled order give the same bits. An AdamW step in float32 moves {bytes:.3f} bytes a parameter: {ideal:.0f} for the
+and in shuffled order give the same bits. `tests/test_gpu_captured.py` notes the launches and writes of a step once and
+executes them many times, as a CUDA graph would: each time the step reads the learning rate, the loss scale and what the scaler
+found, and counts. Both files hold the tests of a GPU as well, which run where there is one.
+
+An AdamW step in float32 moves {bytes:.3f} bytes a parameter: {ideal:.0f} for the
 parameter, its gradient and its two moments, and {overhead:.2f} % more for tables.
 
 `tests/test_gpu_mutations.py` plants {faults} faults, one at a time, in the kernels' text and in what the host hands them: masks and

@@ -63,10 +63,10 @@ def on_every_path(names=None):
 
 
 @contextlib.contextmanager
-def scaling(optimizer, found_inf, grad_scale=None):
+def scaling(optimizer, found_inf, grad_scale=None, device="cpu"):
     """Set what GradScaler.step sets on an optimizer that scales by itself, and take it away again."""
-    optimizer.grad_scale = None if grad_scale is None else torch.tensor(grad_scale)
-    optimizer.found_inf = torch.tensor(found_inf)
+    optimizer.grad_scale = None if grad_scale is None else torch.tensor(grad_scale, device=device)
+    optimizer.found_inf = torch.tensor(found_inf, device=device)
     try:
         yield
     finally:

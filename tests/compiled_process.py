@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 REPORTS = "COMPILED_TEST_REPORTS"
 OPTION = "--gpu-proof"
@@ -32,9 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption(OPTION):
-        left_out = [item for item in items if item.get_closest_marker("proof")]
+        # A GPU runs in seconds what takes minutes to execute.
+        left_out = [item for item in items if item.get_closest_marker("proof") and not _has_its_gpu(item)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def _has_its_gpu(item: pytest.Item) -> bool:
+    return item.get_closest_marker("gpu") is not None and torch.cuda.is_available()
 
 
 def runs_elsewhere(item: pytest.Item) -> bool:

@@ -95,7 +95,7 @@ def moving_parameters():
 
 
 def missing_gradients():
-    executed.test_gradients_that_are_missing(named("adamw"))
+    executed.test_gradients_that_are_missing(named("adamw"), executed.EXECUTED)
 
 
 def counting_on_the_device():
