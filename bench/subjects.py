@@ -102,6 +102,9 @@ def _from(package: str, class_names: dict[str, str], **arguments: Any) -> tuple[
     return build, lambda optimizer: optimizer.name in class_names
 
 
+_APEX_ADAM = _from("apex.optimizers", {"AdamW": "FusedAdam"}, adam_w_mode=True)
+_APEX_SGD = _from("apex.optimizers", {"SGD momentum": "FusedSGD"})
+_DEEPSPEED_GPU = _from("deepspeed.ops.adam", {"AdamW": "FusedAdam"}, adam_w_mode=True)
 _DEEPSPEED = _from("deepspeed.ops.adam", {"AdamW": "DeepSpeedCPUAdam"}, adamw_mode=True, fp32_optimizer_states=True)
 _BITSANDBYTES = _from("bitsandbytes.optim", {"AdamW": "AdamW32bit"})
 _TORCHAO = _from("torchao.optim", {"AdamW": "_AdamW"})
@@ -125,9 +128,15 @@ ON_CPU = (
     Subject("torchao", *_TORCHAO, package="torchao", allowed_ulps=ALLOWED_ULPS_OF_OTHERS),
     Subject("optimi", *_OPTIMI, package="optimi", allowed_ulps=ALLOWED_ULPS_OF_OTHERS),
 )
+#: On a GPU alone.
+_ONLY_ON_GPU = (
+    Subject("apex FusedAdam", *_APEX_ADAM, package="apex", allowed_ulps=ALLOWED_ULPS_OF_OTHERS),
+    Subject("apex FusedSGD", *_APEX_SGD, package="apex", allowed_ulps=ALLOWED_ULPS_OF_OTHERS),
+    Subject("DeepSpeed FusedAdam", *_DEEPSPEED_GPU, package="deepspeed", allowed_ulps=ALLOWED_ULPS_OF_OTHERS),
+)
 ON_GPU = tuple(
     replace(subject, name=f"{subject.name}, CUDA", device="cuda")
-    for subject in ON_CPU
+    for subject in (*ON_CPU, *_ONLY_ON_GPU)
     if subject.name not in ("torch loop", "DeepSpeed CPUAdam")
 )
 SUBJECTS = {subject.name: subject for subject in (*ON_CPU, *ON_GPU)}

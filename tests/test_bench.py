@@ -21,7 +21,7 @@ from bench.first_step import CHECKOUT, FirstStep, measure_first_step
 from bench.measure import CHECKED_STEPS, Entrant, Spread, Timing
 from bench.report import cells
 from bench.run import MAIN_OPTIMIZERS
-from bench.subjects import FOREACH, FUSED, FUSED_FLOAT32, LOOP, ON_CPU, OURS, OURS_BFLOAT16, SUBJECTS, Subject
+from bench.subjects import FOREACH, FUSED, FUSED_FLOAT32, LOOP, ON_CPU, ON_GPU, OURS, OURS_BFLOAT16, SUBJECTS, Subject
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 TINY = Case("3x5", "3 x 5", ((5,), (1, 5), (5,)))
@@ -259,6 +259,39 @@ def test_memory_limit_passes_over_every_number_of_every_stream(itemsizes, thread
     assert roofline.bytes_moved(itemsizes) == 2 * sum(itemsizes) - itemsizes[1]
 
 
+@pytest.mark.parametrize("way", ["_copy_by_driver", "_copy_by_kernel"])
+@pytest.mark.parametrize("itemsizes", [[4, 4, 4, 4], [2, 2, 4, 4]], ids=str)
+def test_memory_limit_of_a_gpu_moves_the_bytes_of_a_step(itemsizes, way, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    limit = roofline.CudaLimit(10_001, itemsizes, 1, device="cpu")
+    least = 10_001 * roofline.bytes_moved(itemsizes)
+    assert least <= limit._source.nbytes + limit._target.nbytes < least + 8
+    limit._source.fill_(5)
+    getattr(limit, way)()
+    assert (limit._target == (5 if way == "_copy_by_driver" else ~5)).all()
+    assert limit.take(0.0) > 0
+
+
+def test_on_a_gpu_its_implementations_take_part(monkeypatch):
+    """What a package lacks is said in the report, and not left out of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = run.tasks(run.QUICK, run.Choice(parts=("steps",)))
+    assert sum(name.endswith(", GPU") for name, _, _ in found) == sum(not name.endswith(", GPU") for name, _, _ in found) > 0
+    on_gpu = {"torch foreach", "torch fused", "fusedopt", "bitsandbytes", "torchao", "apex FusedAdam", "apex FusedSGD"}
+    assert {f"{name}, CUDA" for name in (*on_gpu, "DeepSpeed FusedAdam")} <= set(SUBJECTS)
+    assert not {"apex FusedAdam", "torch loop, CUDA", "DeepSpeed CPUAdam, CUDA"} & set(SUBJECTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["AdamW", "SGD momentum"])
+def test_steps_on_a_gpu_are_right_and_timed(name):
+    subjects = [subject for subject in ON_GPU if subject.package is None and subject.serves(OPTIMIZERS[name])]
+    result = measure.measure(OPTIMIZERS[name], TINY, subjects, 0.0, 0.0)
+    assert {timing.subject: timing.wrong for timing in result.timings} == {subject.name: None for subject in subjects}
+    assert all(timing.milliseconds.median > 0 for timing in result.timings)
+    assert costs.launches(OPTIMIZERS[name], TINY).profiled["fusedopt, CUDA"] == 1
+
+
 # --- costs and surroundings -------------------------------------------------------------------------------------------------
 
 
@@ -477,12 +510,19 @@ def test_with_a_gpu_both_stand_in_one_table(whole_run):
     for timing in on_gpu.timings:
         timing.subject += ", CUDA"
         timing.milliseconds.median = 0.0625
+    ours = next(timing for timing in on_gpu.timings if timing.subject == "fusedopt, CUDA")
     record.machine.gpu = "Some GPU"
+    for each in record.launches:
+        vars(each.profiled)["fusedopt, CUDA"] = 17
     record.results = [*(r for r in record.results if r.device == "cpu"), on_gpu]
     text = report.as_markdown("", report.document(record))
     gpu = text[text.index("## CPU against GPU") : text.index("## Who took part")]
+    assert "profiled: fusedopt, CUDA |" in gpu
+    assert "| AdamW | 3 x 5 | 3 | 28 | 1 | 1 | 8 | 24 | 17 |" in gpu
     assert "GPU torch, ms | GPU fusedopt, ms" in gpu
     assert "| 0.0625 | 0.0625 |" in gpu
+    assert f"| 0.0625 ({ours.gigabytes_per_second:.0f}) |" in gpu
+    assert f"| {on_gpu.limit_gigabytes_per_second.median:.0f} |" in gpu
     assert "no time on one was measured" not in gpu
 
 

@@ -30,6 +30,11 @@ def measured(record: SimpleNamespace) -> Section:
             rows.append([gpu.optimizer, gpu.title, *row, *([""] * (len(heading) - 2 - len(row)))])
         section.blocks.append("The same cases on both. Steps on the GPU follow each other without the host waiting for each.")
         section.blocks.append(Table(heading, rows, frozenset({0, 1})))
+        section.blocks.append(
+            "All implementations there, beside a copy within the GPU's memory that moves the bytes of our step: by the driver or "
+            "by a kernel, whichever is faster."
+        )
+        section.blocks.append(_all_on_gpu(on_gpu))
     elif not record.machine.gpu:
         section.blocks.append("**torch found no GPU on this machine, so no time on one was measured, and none stands here.**")
     if record.launches:
@@ -57,6 +62,22 @@ def measured(record: SimpleNamespace) -> Section:
             "tensors in lists and in the fused implementation."
         )
     return section
+
+
+def _all_on_gpu(results: list[SimpleNamespace]) -> Table:
+    """Milliseconds and the rate of every implementation, and the rate of a copy."""
+    subjects = list(dict.fromkeys(timing.subject for result in results for timing in result.timings))
+    rows = []
+    for result in results:
+        row = []
+        for subject in subjects:
+            timing = cells.timing_of(result, subject)
+            rate = f" ({timing.gigabytes_per_second:.0f})" if timing and timing.gigabytes_per_second else ""
+            row.append(f"{cells.median(timing)}{rate}")
+        limit = result.limit_gigabytes_per_second
+        rows.append([result.optimizer, result.title, *row, "" if limit is None else f"{limit.median:.0f}"])
+    heading = [f"{subject.removesuffix(', CUDA')}, ms (GB/s)" for subject in subjects]
+    return Table(["optimizer", "case", *heading, "copy, GB/s"], rows, frozenset({0, 1}))
 
 
 def predicted(record: SimpleNamespace) -> Section:
