@@ -5,6 +5,8 @@ On a GPU they are captured; elsewhere their launches and writes are noted, and e
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from torch.amp import GradScaler
 
+from amp_paths import scaling
 from cases import CASES, named
 from fusedopt.kernels import backends
 from fusedopt.kernels.ptx import execute
@@ -118,6 +121,34 @@ def test_training_with_torchs_grad_scaler(name, unscale_first, machine):
         made.append([found_of(optimizer, p) for p in params])
         assert scaler.get_scale() == 512.0
     assert_equal_bits(made[1], made[0])
+
+
+@each_machine
+@pytest.mark.parametrize("name", ["adamw", "sgd-nesterov-l2", "nadam-decoupled", "rprop-bounds-maximize"])
+def test_a_first_step_that_is_left_out_changes_nothing_that_follows(name, machine):
+    """The host does not wait to learn that it is, so there are states; they begin as new ones do, in a checkpoint, too."""
+    case, start, slopes = named(name), draw(SIZES, torch.float32), [draw(SIZES, torch.float32) for _ in range(3)]
+    found = {}
+    for device, running in (("cpu", backends.use("numba")), (machine.device, machine.running())):
+        optimizer, params = made_of(case, start, device)
+        with running:
+            with scaling(optimizer, 1.0, 4.0, device):
+                optimizer.step()
+            checkpoint = copy.deepcopy(optimizer.state_dict())
+            for values in slopes:
+                set_gradients(params, values)
+                optimizer.step()
+        found[optimizer] = [found_of(optimizer, p) for p in params]
+        resumed, others = made_of(case, start, "cpu")
+        resumed.load_state_dict(checkpoint)
+        with backends.use("numba"):
+            for values in slopes:
+                set_gradients(others, values)
+                resumed.step()
+        found[resumed] = [found_of(resumed, p) for p in others]
+    right, *rest = found.values()
+    for each in rest:
+        assert_equal_bits(each, right)
 
 
 # --- launches of a step -------------------------------------------------------------------------------------------------------
