@@ -131,13 +131,14 @@ class Gpu:
 
     def count_launches(self, work: Callable[[], None]) -> int:
         """How many kernels `work` launches, by torch's profiler."""
-        return count_kernels(work)
+        with backends.use("triton"):
+            return count_kernels(work)
 
     @contextlib.contextmanager
     def capturing(self, work: Callable[[], None]) -> Iterator[Callable[[], None]]:
         """Capture `work` in a CUDA graph; yields what replays it."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with backends.use("triton"), torch.cuda.graph(graph):
             work()
         yield graph.replay
 
