@@ -128,23 +128,23 @@ def predict(traffic: Traffic, case: Case, gpu: Gpu) -> Prediction:
 
 def count_traffic(optimizer_name: str) -> Traffic:
     """Execute steps on one element and on one block, and read the machine code; only where Triton compiles."""
-    from fusedopt.kernels import gpu as backend
+    from fusedopt.kernels.gpu_kernels import BLOCK
     from fusedopt.kernels.ptx import offline, steps, table
     from fusedopt.kernels.ptx.execute import Settings
 
     counted = []
-    for elements in (1, backend.BLOCK):
+    for elements in (1, BLOCK):
         entrant = Entrant(OURS, OPTIMIZERS[optimizer_name], Case.equal(1, elements))
         with steps.executing(COUNTED, Settings(races=False)) as session:
             entrant.step_with_gradients(1)
         counted.append(session.counts())
     moved = [counts.bytes_loaded + counts.bytes_stored for counts in counted]
-    per_element, rest = divmod(moved[1] - moved[0], backend.BLOCK - 1)
+    per_element, rest = divmod(moved[1] - moved[0], BLOCK - 1)
     if rest:
-        raise RuntimeError(f"{moved} bytes were counted on 1 and {backend.BLOCK} elements, which no line goes through")
+        raise RuntimeError(f"{moved} bytes were counted on 1 and {BLOCK} elements, which no line goes through")
     (kind,) = entrant.kinds()
     targets = dict.fromkeys(gpu.target for gpu in GPUS)
     instructions = {
         target: table.cost(offline.compile_update(kind, target), target).instructions_per_element() for target in targets
     }
-    return Traffic(optimizer_name, backend.BLOCK, counted[1].launches, per_element, moved[0] - per_element, instructions)
+    return Traffic(optimizer_name, BLOCK, counted[1].launches, per_element, moved[0] - per_element, instructions)

@@ -14,6 +14,7 @@ from typing import Any
 
 from . import compiled, costs, prediction, surroundings
 from .cases import CASES, OPTIMIZERS, SYNTHETIC, Case, Optimizer
+from .ends import CLIPPED, EVERYTHING, measure_end, measure_norm
 from .first_step import measure_first_step
 from .machine import Machine
 from .measure import measure
@@ -23,7 +24,7 @@ from .subjects import FUSED_FLOAT32, ON_CPU, ON_GPU, OURS_BFLOAT16, SUBJECTS, Su
 MANY_ELEMENTS = 50_000_000
 SLOW_SUBJECTS = ("torch loop", "torch foreach", "torch foreach, CUDA")
 MAIN_OPTIMIZERS = ("AdamW", "SGD momentum")
-PARTS = ("steps", "bfloat16", "costs", "threads", "busy", "first-step", "predictions")
+PARTS = ("steps", "bfloat16", "ends", "costs", "threads", "busy", "first-step", "predictions")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Extent:
         cases: of the main optimizers.
         other_cases: of the other optimizers.
         bfloat16_cases: with parameters in bfloat16.
+        end_cases: of the whole end of a training step; the first one of all that it may hold.
         surrounded_cases: on fewer threads, and beside a busy core.
         first_steps: optimizers whose first step is taken in new processes.
     """
@@ -43,6 +45,7 @@ class Extent:
     cases: tuple[str, ...]
     other_cases: tuple[str, ...]
     bfloat16_cases: tuple[str, ...]
+    end_cases: tuple[str, ...]
     surrounded_cases: tuple[str, ...]
     first_steps: tuple[str, ...]
 
@@ -52,6 +55,7 @@ FULL = Extent(
     cases=tuple(CASES),
     other_cases=("1x10M", "1000x1k", "resnet50"),
     bfloat16_cases=("1x20M", "1x1M", "resnet50"),
+    end_cases=("1x20M", "gpt2-small", "100x50k", "1000x1k"),
     surrounded_cases=("1x20M", "1x1M", "100x50k", "1000x1k"),
     first_steps=MAIN_OPTIMIZERS,
 )
@@ -60,6 +64,7 @@ QUICK = Extent(
     cases=("1x20M", "1x1M", "100x50k", "1000x1k", "1000x100", "mobilenet-v2", "resnet50"),
     other_cases=("1000x1k",),
     bfloat16_cases=("1x20M",),
+    end_cases=("1x20M", "1000x1k"),
     surrounded_cases=("1x1M", "100x50k"),
     first_steps=MAIN_OPTIMIZERS[:1],
 )
@@ -99,6 +104,12 @@ def tasks(extent: Extent, choice: Choice) -> list[Task]:
                 work = partial(_bfloat16, optimizer, case, extent.seconds)
                 found.append((f"{optimizer.name}, {case.title}, bfloat16", "bfloat16", work))
     adamw, seconds = OPTIMIZERS["AdamW"], extent.seconds / 2
+    if _wants("ends", choice):
+        for end, names in ((CLIPPED, extent.end_cases), (EVERYTHING, extent.end_cases[:1])):
+            for case in _chosen(names, choice):
+                found.append((f"{end.name}, {case.title}", "ends", _one(measure_end, end, case, seconds)))
+        for case in _chosen(extent.end_cases[:1], choice):
+            found.append((f"norm alone, {case.title}", "ends", _one(measure_norm, case, seconds)))
     if _wants("costs", choice):
         found.append(("cost of a step by tensors", "host_costs", partial(costs.host_costs, adamw, seconds)))
         for case, moved in ((SYNTHETIC[3], True), (Case.equal(1000, 1), True), (Case.equal(1000, 1), False)):

@@ -29,6 +29,7 @@ def document(record: SimpleNamespace) -> list[Section]:
         *contests.main_optimizers(record),
         contests.other_optimizers(record),
         contests.bfloat16(record),
+        contests.ends(record),
         costs.costs(record),
         costs.first_steps(record),
         costs.surroundings(record),

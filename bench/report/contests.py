@@ -170,6 +170,22 @@ def bfloat16(record: SimpleNamespace) -> Section:
     return Section("bfloat16", [text, Table(heading, rows, frozenset({0, 1}))] if rows else [])
 
 
+def ends(record: SimpleNamespace) -> Section:
+    rows = []
+    for end in record.ends:
+        if not end.wrong:
+            times = [cells.number(each.median) for each in (end.torch_milliseconds, end.milliseconds)]
+            rows.append([end.end, end.title, *times, cells.spread(end.ratio)])
+    wrong = [f"**WRONG, so not timed:** {end.end}, {end.title}: {end.wrong}." for end in record.ends if end.wrong]
+    text = (
+        "AdamW with what stands around it in training. torch: `GradScaler.unscale_`, `clip_grad_norm_(foreach=True)`, the fused "
+        "step, `AveragedModel` with a multi-average, `zero_grad(set_to_none=False)`, as far as the name says; fusedopt: one `step` "
+        "with `max_grad_norm`, `ema_decay` and `zero_grad=True`. Gradients are written anew before each, outside of the time."
+    )
+    table = Table(["end of a step", "case", "torch, ms", "fusedopt, ms", "torch / ours"], rows, frozenset({0, 1}))
+    return Section("The whole end of a training step", [text, table, *wrong] if record.ends else [])
+
+
 def subjects(record: SimpleNamespace) -> Section:
     rows = []
     for subject in record.subjects:
