@@ -30,7 +30,18 @@ def learns_by_a_rule_of_its_own(printed):
     assert len((EXAMPLES / "custom_rule.py").read_text(encoding="utf-8").splitlines()) < 40
 
 
-CHECKS = {"custom_rule.py": learns_by_a_rule_of_its_own, "train_digits.py": learns_the_digits}
+def averages_and_clips(printed):
+    epochs = re.findall(r"norm ([\d.]+)  accuracy ([\d.]+)%  averaged ([\d.]+)%", printed)
+    assert len(epochs) == 12
+    assert float(epochs[0][0]) > 0
+    assert float(epochs[-1][2]) > 85
+
+
+CHECKS = {
+    "custom_rule.py": learns_by_a_rule_of_its_own,
+    "train_digits.py": learns_the_digits,
+    "whole_step.py": averages_and_clips,
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
