@@ -26,11 +26,13 @@ class Page:
         optimizer: the class; all that is said of it stands in its docstring.
         example: arguments that a user might choose.
         variants: arguments that decide what is stored, one set for each possible answer.
+        reads: how often a step reads a large parameter, and its gradient.
     """
 
     optimizer: type[torch.optim.Optimizer]
     example: dict[str, Any]
     variants: Sequence[dict[str, Any]] = field(default=({},))
+    reads: tuple[int, int] = (1, 1)
 
     @property
     def name(self) -> str:
@@ -46,7 +48,7 @@ class Page:
     @property
     def kept(self) -> list[Kept]:
         """What each variant keeps."""
-        return [Kept(self.optimizer, variant) for variant in self.variants]
+        return [Kept(self.optimizer, variant, self.reads) for variant in self.variants]
 
 
 PAGES = [
@@ -59,6 +61,7 @@ PAGES = [
         {"lr": 1e-3, "momentum": 0.9},
         [{}, {"momentum": 0.9}, {"centered": True}, {"momentum": 0.9, "centered": True}],
     ),
+    Page(fusedopt.Adafactor, {"lr": 1e-2, "weight_decay": 0.1}, reads=(2, 3)),
     Page(fusedopt.Adagrad, {"lr": 1e-2, "lr_decay": 1e-4}),
     Page(fusedopt.Adadelta, {"lr": 1.0, "rho": 0.95}),
     Page(fusedopt.Adamax, {"lr": 2e-3}),
@@ -76,9 +79,11 @@ class Kept:
     Args:
         optimizer: the class.
         options: its arguments.
+        reads: how often a step reads a large parameter, and its gradient.
     """
 
-    def __init__(self, optimizer: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    def __init__(self, optimizer: type[torch.optim.Optimizer], options: dict[str, Any], reads: tuple[int, int]) -> None:
+        self.reads = reads
         self.call = f"{optimizer.__name__}({_arguments(options)})"
         self.after_a_step = {dtype: self._after_a_step(optimizer, options, dtype) for dtype in DTYPES}
 
@@ -99,9 +104,12 @@ class Kept:
         parameter, state = self.after_a_step[dtype]
         return {name: value for name, value in state.items() if value.shape == parameter.shape}
 
-    def numbers(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the single numbers, by name."""
-        return {name: value for name, value in self.after_a_step[dtype][1].items() if name not in self.states(dtype)}
+    def shapes(self, dtype: torch.dtype) -> dict[str, str]:
+        """Return the shape of each state in words, by name, those of the parameter's shape last."""
+        parameter, state = self.after_a_step[dtype]
+        words = {(): "one number", (*parameter.shape[:-1], 1): "one for each row", (1, parameter.shape[-1]): "one for each column"}
+        others = {name: words[tuple(value.shape)] for name, value in state.items() if value.shape != parameter.shape}
+        return others | dict.fromkeys(self.states(dtype), "the parameter's")
 
     def stored(self, dtype: torch.dtype) -> int:
         """Return the bytes of all states for each element of a parameter."""
@@ -111,7 +119,9 @@ class Kept:
         """Return the bytes that a step reads and writes for each element: gradients are read, all else is written, too."""
         parameter, _ = self.after_a_step[dtype]
         assert parameter.grad is not None
-        return parameter.grad.element_size() + 2 * (parameter.element_size() + self.stored(dtype))
+        of_parameter, of_gradient = self.reads
+        read = of_gradient * parameter.grad.element_size() + of_parameter * parameter.element_size()
+        return read + parameter.element_size() + 2 * self.stored(dtype)
 
 
 def write(folder: Path) -> None:
@@ -140,8 +150,10 @@ def optimizer_page(page: Page) -> str:
             "For each parameter, from its first step on:",
             _table(["optimizer", "state", "shape", *(f"for {_name(dtype)}" for dtype in DTYPES)], stored_rows(page)),
             _headline("Bytes"),
-            "For each element of the parameters: what the states take, and what one step reads and writes (the gradient is read; "
-            "the parameter and its states are read and written). The single numbers above come once for each parameter.",
+            "For each element of the parameters: what the states take, and what one step reads and writes (the gradient is read"
+            f"{'' if page.reads == (1, 1) else _times(page.reads)}; the parameter and its states are read and written). "
+            "The single numbers above come once for each parameter"
+            f"{'' if page.reads == (1, 1) else ', those of rows and columns once for each of these'}.",
             _table(
                 ["optimizer", *(f"{what}, {_name(dtype)}" for what in ("stored", "moved") for dtype in DTYPES)],
                 byte_rows(page),
@@ -170,8 +182,7 @@ def stored_rows(page: Page) -> list[list[str]]:
     """Return the rows of the table of states: variant, state, shape, and its dtype for each dtype of parameters."""
     rows = []
     for kept in page.kept:
-        first, *_ = DTYPES
-        shapes = {**dict.fromkeys(kept.numbers(first), "one number"), **dict.fromkeys(kept.states(first), "the parameter's")}
+        shapes = kept.shapes(DTYPES[0])
         for name, shape in shapes.items():
             dtypes = [_name(kept.after_a_step[dtype][1][name].dtype) for dtype in DTYPES]
             rows.append([_code(kept.call), _code(name), shape, *dtypes])
@@ -200,6 +211,11 @@ def overview(pages: Iterable[Page]) -> str:
 def variables() -> str:
     """Return the table of environment variables, as ``python -m fusedopt info`` explains them."""
     return _table(["variable", "meaning"], [[_code(name), meaning] for name, meaning in VARIABLES.items()])
+
+
+def _times(reads: tuple[int, int]) -> str:
+    words = {1: "once", 2: "twice", 3: "three times"}
+    return f" {words[reads[1]]} where a matrix is larger than a tile, and the parameter {words[reads[0]]}"
 
 
 def _arguments(options: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ def clip_grad_norm_(
         foreach: as torch has it, where torch does it (default: None).
 
     Returns:
-        The norm before, in one element: of the gradients' dtype, float32 for bfloat16 and float16.
+        The norm before, a tensor of one element in the gradients' dtype, in float32 for bfloat16 and float16.
 
     Raises:
         RuntimeError: if ``error_if_nonfinite`` and the norm is infinite or not a number; gradients are as they were then.

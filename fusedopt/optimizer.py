@@ -41,6 +41,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _counts_steps: ClassVar[bool] = True
     #: Options that torch's class does not have, with what they are in its checkpoints.
     _own_options: ClassVar[tuple[tuple[str, Any], ...]] = ()
+    #: What else happens in a step, unless asked for otherwise; empty where nothing can.
+    _step_defaults: ClassVar[Mapping[str, Any]] = STEP_DEFAULTS
     #: What to say of sparse gradients; None if torch's own implementation takes them.
     _sparse_message: ClassVar[str | None] = None
 
@@ -60,9 +62,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _set_options(self, step_options: Mapping[str, Any], **options: Any) -> None:
         """Add options that torch's constructor does not take to all groups."""
         check_options(step_options, type(self).__name__)
-        options = {**STEP_DEFAULTS, **step_options, **options}
+        options = {**self._step_defaults, **step_options, **options}
         if options.get("fused"):
-            if self.defaults["differentiable"]:
+            if self.defaults.get("differentiable"):
                 raise RuntimeError("`fused` does not support `differentiable`")
             if self.defaults.get("foreach"):
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
@@ -79,20 +81,19 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _complete(self, group: dict[str, Any]) -> None:
         """Give ``group`` the options of ours that it has not set for itself."""
         alone = group.get("max_grad_norm") is not None
-        if alone and self.defaults["max_grad_norm"] is not None:
+        if alone and self.defaults.get("max_grad_norm") is not None:
             raise ValueError(
                 f"max_grad_norm={self.defaults['max_grad_norm']} of the constructor clips by the norm over all groups, and a "
                 f"group's own max_grad_norm={group['max_grad_norm']} by the norm of that group: give one or the other"
             )
-        group.setdefault("clips_alone", alone)
         for name, _ in self.own_options():
-            group.setdefault(name, self.defaults[name])
-        check_options({name: group[name] for name in StepOptions.__annotations__}, type(self).__name__)
+            group.setdefault(name, alone if name == "clips_alone" else self.defaults[name])
+        check_options({name: group[name] for name in StepOptions.__annotations__ if name in group}, type(self).__name__)
 
     @classmethod
     def own_options(cls) -> tuple[tuple[str, Any], ...]:
         """Return the options that torch's class does not have, with what they are in its checkpoints."""
-        return (*cls._own_options, *STEP_DEFAULTS.items())
+        return (*cls._own_options, *cls._step_defaults.items())
 
     def _initial(self, group: dict[str, Any], name: str) -> Any:  # noqa: ARG002  # for subclasses
         """Return the number that the state or scalar ``name`` of a parameter of ``group`` starts from."""
@@ -107,6 +108,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _torch_lacks(self, group: dict[str, Any]) -> str | None:  # noqa: ARG002  # for subclasses
         """Return which option of this class torch's own implementation does not know, or None."""
+        return None
+
+    def _obstacle(self, parameter: Tensor, name: str, reason: str) -> str | None:  # noqa: ARG002  # for subclasses
+        """Return why ``parameter`` goes to torch's own implementation and not to the backend ``name``, or None."""
         return None
 
     # --- what torch.optim.Optimizer promises ---

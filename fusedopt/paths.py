@@ -35,9 +35,16 @@ def choose(optimizer: FusedOptimizer, parameter: Tensor, gradient: Tensor | None
     asked = _asked_for_torch(group, gradient)
     if asked is None:
         name, reason = backends.choose(parameter, gradient)
-        if not (name == "tensor" and group.get("capturable") and parameter.device.type != "cpu"):
-            return name, reason
-        asked = f"capturable=True, and no kernel serves: {reason}"
+        asked = optimizer._obstacle(parameter, name, reason)
+        if asked is not None and group["fused"] and backends.state() == (None, False):
+            raise RuntimeError(
+                f"{_SUPPORTED}, but a parameter of shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device} has no "
+                f"kernel: {asked}; construct the optimizer with fused=None, which takes torch's own implementation there"
+            )
+        if asked is None:
+            if not (name == "tensor" and group.get("capturable") and parameter.device.type != "cpu"):
+                return name, reason
+            asked = f"capturable=True, and no kernel serves: {reason}"
     sparse = gradient is not None and gradient.layout != torch.strided
     if sparse and optimizer._sparse_message is not None:
         raise RuntimeError(optimizer._sparse_message)

@@ -94,7 +94,7 @@ def prepare(
                         prepared.sparse_indices.add(index)
                 else:
                     if path == "tensor" and group["fused"] is None and group.get("foreach") is None:
-                        _warn(optimizer, reason)
+                        warn_unfused(optimizer, reason)
                     members.append(member)
                     prepared.backends[index] = path
             index += 1
@@ -133,7 +133,8 @@ def _known(optimizer: FusedOptimizer, parameters: list[Tensor], updates: list[Up
     return known
 
 
-def _warn(optimizer: FusedOptimizer, reason: str) -> None:
+def warn_unfused(optimizer: FusedOptimizer, reason: str) -> None:
+    """Warn, once for each ``reason``, that parameters of ``optimizer`` have no kernel."""
     if reason not in optimizer._warned and backends.state() == (None, False):
         optimizer._warned = optimizer._warned | {reason}
         warnings.warn(

@@ -59,17 +59,19 @@ def _tiny(optimizer: FusedOptimizer) -> FusedOptimizer:
                 held = {name: value.dtype for name, value in state.items() if isinstance(value, Tensor)}
                 kind = (parameter.dtype, parameter.device, *held.items())
                 if kind not in kinds:
-                    kinds[kind] = stand_in = torch.ones((), dtype=parameter.dtype, device=parameter.device)
+                    kinds[kind] = stand_in = torch.ones(
+                        (1,) * min(parameter.dim(), 2), dtype=parameter.dtype, device=parameter.device
+                    )
                     stand_in.grad = torch.ones_like(stand_in)
                     if state:
-                        states[stand_in] = {name: _of_one_element(value) for name, value in state.items()}
+                        states[stand_in] = {name: _of_one_element(value, stand_in.shape) for name, value in state.items()}
         groups.append({**group, "params": list(kinds.values())})
     tiny = type(optimizer).__new__(type(optimizer))
     tiny.__setstate__({"defaults": optimizer.defaults, "state": states, "param_groups": groups})
     return tiny
 
 
-def _of_one_element(value: Any) -> Any:
+def _of_one_element(value: Any, shape: torch.Size) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.detach().clone() if value.dim() == 0 else torch.zeros((), dtype=value.dtype, device=value.device)
+    return value.detach().clone() if value.dim() == 0 else torch.zeros(shape, dtype=value.dtype, device=value.device)

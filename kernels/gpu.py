@@ -55,7 +55,7 @@ class _Tables:
     def chunks(self, bucket: Bucket, launch: Launch) -> list[tuple[bool, Tensor]]:
         """Return (aligned, [chunks, 2] of tensor and index) of active tensors, aligned and others apart."""
         # Wide accesses promise the alignment that fresh tensors have and views into others may lack.
-        aligned = (launch.addresses % 16 == 0).all(axis=0)
+        aligned = numpy.bitwise_or.reduce(launch.addresses) & 15 == 0
         key = launch.active.tobytes() + aligned.tobytes()
         if key not in self._chunks:
             lists = [(flag, self._table(bucket, launch.active & (aligned == flag), gpu_kernels.BLOCK)) for flag in (True, False)]
@@ -77,7 +77,9 @@ class _Tables:
     def _table(self, bucket: Bucket, chosen: NDArray[numpy.bool_], length: int) -> Tensor:
         table = chunk_table(bucket.sizes, length)
         table[:, 1] //= length
-        return torch.from_numpy(numpy.ascontiguousarray(table[chosen[table[:, 0]], :2].astype(numpy.int32))).to(self.device)
+        found = torch.from_numpy(numpy.ascontiguousarray(table[chosen[table[:, 0]], :2].astype(numpy.int32)))
+        # From pinned memory, or the host would wait at each new pattern of gradients, as experts make them.
+        return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found
 
 
 def _words(array: NDArray[Any]) -> NDArray[numpy.int64]:
@@ -135,7 +137,7 @@ def run(bucket: Bucket, launch: Launch) -> None:
                 aligned,
                 tables.lanes,
             )
-            gpu_kernels.kernel(launch.kind).run[(len(chunks),)](*by_position, **by_name)
+            gpu_kernels.kernel(launch.kind).run[(chunks.shape[0],)](*by_position, **by_name)
         placed.slot.in_use()
 
 
