@@ -106,9 +106,9 @@ def predicted(record: SimpleNamespace) -> Section:
         f"longer, and {1e6 * LAUNCH_SECONDS:.1f} µs for each launch. Caches are left out, which the smaller cases fit into, and "
         "so is the host, whose part stands above: a step cannot follow another sooner.",
         Table(heading, rows, frozenset({0, 1})),
-        "What is assumed of the GPUs (sources: `bench/prediction.py`), and what instructions take at most on the largest of these "
-        "cases, as a share of the memory's time: all that are in the machine code, of both paths of a kernel, one a lane and "
-        "cycle.",
+        "What is assumed of the GPUs (sources: `bench/prediction.py`; no measured copy of an H200 was found, and the H100's share "
+        "is taken), and what instructions take at most on the largest of these cases, as a share of the memory's time: all "
+        "that are in the machine code, of both paths of a kernel, one a lane and cycle.",
         _assumptions(record, names),
     ]
     return section
