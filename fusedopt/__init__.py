@@ -14,6 +14,7 @@ from fusedopt.adam import Adam, AdamW
 from fusedopt.adamax import Adamax
 from fusedopt.asgd import ASGD
 from fusedopt.clipping import clip_grad_norm_
+from fusedopt.early_stopping import EarlyStopping
 from fusedopt.groups import no_decay_groups
 from fusedopt.lion import Lion
 from fusedopt.momentum import Momentum
@@ -37,6 +38,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "EarlyStopping",
     "Lion",
     "Momentum",
     "NAdam",

@@ -30,7 +30,9 @@ pages = importlib.import_module("pages")
 OWN = {
     name: value
     for name in fusedopt.__all__
-    if inspect.isclass(value := getattr(fusedopt, name)) and value.__module__.startswith("fusedopt.")
+    if inspect.isclass(value := getattr(fusedopt, name))
+    and issubclass(value, torch.optim.Optimizer)
+    and value.__module__.startswith("fusedopt.")
 }
 VARIANTS = [(page, kept, variant) for page in pages.PAGES for kept, variant in zip(page.kept, page.variants, strict=True)]
 
