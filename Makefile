@@ -27,11 +27,12 @@ CHOICES := $(PYTHON) $(TORCH) $(TRITON)
 # For bench-compare: the revision to compare with.
 BASE ?=
 
-.PHONY: help demo test test-newest-triton gpu-proof lint bench bench-readme bench-compare docs info clean always
+.PHONY: help demo lecture test test-newest-triton gpu-proof lint bench bench-readme bench-compare docs info clean always
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo                 train a real network with torch.optim and with fusedopt, and compare'
+	@echo 'make lecture              run the lecture: docs/lecture/lecture.html, and one topic by ARGS=momentum'
 	@echo 'make test                 run all tests'
 	@echo 'make test-newest-triton   run the tests of the Triton kernels with $(NEWEST_TRITON)'
 	@echo 'make gpu-proof            execute and measure all compiled GPU kernels, without a GPU, and write docs/gpu_proof.md'
@@ -53,6 +54,9 @@ help:
 
 demo: $(VENV)/demo
 	@$(RUN) -m fusedopt demo $(ARGS)
+
+lecture: $(VENV)/lecture
+	@$(RUN) -m examples.lecture --output docs/lecture $(ARGS)
 
 test: $(VENV)/test
 	@$(RUN) -m pytest $(ARGS)
@@ -110,10 +114,15 @@ $(VENV)/demo: $(VENV)/made $(DEFINITION)
 	@$(INSTALL) '.[demo]'
 	@touch $@
 
+$(VENV)/lecture: $(VENV)/made $(DEFINITION)
+	@echo 'Installing what the lecture needs: $(TORCH), numba, scikit-learn, matplotlib, rich. Once; it takes minutes ...'
+	@$(INSTALL) '.[lecture]'
+	@touch $(VENV)/demo $@
+
 $(VENV)/test: $(VENV)/made $(DEFINITION)
 	@echo 'Installing what the tests need: $(TORCH), $(TRITON), numba, pytest, lightning, transformers and more. Once; it takes minutes ...'
 	@$(INSTALL) '.[test,frameworks]' $(TRITON:%='%')
-	@touch $(VENV)/demo $@
+	@touch $(VENV)/demo $(VENV)/lecture $@
 
 $(VENV)/lint: $(VENV)/test
 	@echo 'Installing ruff and mypy ...'

@@ -15,6 +15,7 @@ OLDEST_TRITON = "3.7.1"
 
 TRITON = [f'triton>={OLDEST_TRITON}; platform_system == "Linux"']
 DEMO = ["matplotlib", "rich", "scikit-learn"]
+LECTURE = [*DEMO, "markdown-it-py"]
 # build, setuptools and wheel: tests make a wheel and a source distribution without a network.
 TEST = ["build", "expecttest", "hypothesis", "pytest>=8", "pytest-benchmark", "setuptools>=77", "wheel"]
 # Whose training loops the tests run; without one of them its tests skip.
@@ -55,7 +56,8 @@ setup(
     extras_require={
         "triton": TRITON,
         "demo": DEMO,
-        "test": [*TEST, *DEMO, *TRITON],
+        "lecture": LECTURE,
+        "test": [*TEST, *LECTURE, *TRITON],
         "frameworks": FRAMEWORKS,
         "dev": DEV,
         "docs": DOCS,

@@ -1,0 +1,1 @@
+"""What the topics share: data, tiny networks, training, plotting."""
