@@ -32,7 +32,7 @@ BASE ?=
 
 help:
 	@echo 'make demo                 train a real network with torch.optim and with fusedopt, and compare'
-	@echo 'make lecture              run the lecture: docs/lecture/lecture.html, and one topic by ARGS=momentum'
+	@echo 'make lecture              run the lecture, and write docs/lecture; by ARGS=momentum one topic, to build/lecture'
 	@echo 'make test                 run all tests'
 	@echo 'make test-newest-triton   run the tests of the Triton kernels with $(NEWEST_TRITON)'
 	@echo 'make gpu-proof            execute and measure all compiled GPU kernels, without a GPU, and write docs/gpu_proof.md'
@@ -55,8 +55,9 @@ help:
 demo: $(VENV)/demo
 	@$(RUN) -m fusedopt demo $(ARGS)
 
+# The page that is kept is of a whole run on the digits; what else is asked for goes to build/lecture.
 lecture: $(VENV)/lecture
-	@$(RUN) -m examples.lecture --output docs/lecture $(ARGS)
+	@$(RUN) -m examples.lecture $(or $(ARGS),--output docs/lecture)
 
 test: $(VENV)/test
 	@$(RUN) -m pytest $(ARGS)

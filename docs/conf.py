@@ -19,6 +19,8 @@ version = release = fusedopt.__version__
 project_copyright = "fusedopt contributors"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+# Formulas between dollar signs, as the lecture has them.
+myst_enable_extensions = ["dollarmath"]
 html_theme = "furo"
 html_title = f"fusedopt {release}"
 html_copy_source = False

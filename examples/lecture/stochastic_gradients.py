@@ -46,8 +46,14 @@ def run(setting: Setting) -> Result:
 
     each = gradients_of_each(network, images, labels)
     draws = setting.choose(1000, quick=300)
-    errors = [each[torch.randint(len(each), (draws, size)).T].mean(0) - full for size in SIZES]
-    variances = [error.square().sum(1).mean().item() for error in errors]
+    variances = []
+    for size in SIZES:
+        drawn = torch.randint(len(each), (draws, size))
+        # A row for each minibatch: how much each image counts in its mean.
+        shares = torch.zeros(draws, len(each), dtype=torch.float64).scatter_add_(
+            1, drawn, torch.full(drawn.shape, 1 / size).double()
+        )
+        variances.append((shares @ each - full).square().sum(1).mean().item())
     slope = np.polyfit(np.log(SIZES), np.log(variances), 1)[0]
     predicted = (each - full).square().sum(1).mean().item() / np.array(SIZES)
 
@@ -67,5 +73,6 @@ def run(setting: Setting) -> Result:
     plotting.describe(right, "Progress by cost, learning rate 0.1", "images seen / 1,024", "training loss, nats", log="y")
     numbers = {"largest difference of the epoch's mean from the full gradient": (mean - full).abs().max().item()}
     numbers |= {"fitted slope of log variance by log size": float(slope)}
+    numbers |= {"largest ratio of the variance to the predicted one": float(max(variances / predicted))}
     numbers |= {f"loss in the last epoch, {size} in a minibatch": float(loss) for size, loss in losses.items()}
     return Result(figure, numbers)
