@@ -18,6 +18,25 @@ class Format:
 
     name: str
     dtype: torch.dtype
+    #: Whether numbers are rounded up or down by chance.
+    chance: bool = False
+    #: What the 32-bit words are that a block of codes has beside it; none where elements stand for themselves.
+    parts: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> int:
+        """32-bit words a block."""
+        return len(self.parts)
+
+    @property
+    def plain(self) -> str:
+        """How an element is loaded; chance is a matter of storing alone."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def pointer(self) -> str:
+        """The name of the maker of pointers."""
+        return f"{self.plain}_pointer"
 
     @property
     def itemsize(self) -> int:
@@ -28,6 +47,15 @@ class Format:
 FORMATS: dict[torch.dtype, Format] = {
     dtype: Format(str(dtype).removeprefix("torch."), dtype)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
+
+#: Formats that a state is given by ``state_format``; codes are those of :mod:`fusedopt.kernels.codes`.
+BFLOAT16_BY_CHANCE = Format("bfloat16_by_chance", torch.bfloat16, chance=True)
+CODES: dict[str, Format] = {
+    "size": Format("size", torch.uint8, True, ("base", "distance")),
+    "root": Format("root", torch.uint8, True, ("base", "distance")),
+    "signed": Format("signed", torch.uint8, True, ("factor",)),
+    "relative": Format("relative", torch.uint8, True, ("factor",)),
 }
 
 #: A complex number is stored, and updated, as its real and its imaginary part.

@@ -1,0 +1,250 @@
+"""How numbers are kept in 8 and in 16 bits: each code written once, for every backend.
+
+A block is 256 neighbouring elements of a tensor's memory. Its codes are a byte an element, and what they mean follows from
+one or two 32-bit words that the block has beside them:
+
+| code | for | a byte means | words of a block |
+|---|---|---|---|
+| size | states that are never negative | 0 is zero; else 1 of 255 bit patterns of float32 in equal distances | first pattern, distance |
+| root | second moments | the size code of the root | first pattern, distance |
+| signed | other states | a sign and 7 bits, four binades of 32 steps above zero | a factor |
+| relative | first moments | a sign and 7 bits, two binades of 64 steps, of its quotient by the root that is stored | a factor |
+
+Bit patterns of float32 in equal distances are a logarithm, near enough, that costs an addition. They are rounded up or down
+by chance, so that averages stay unbiased however slowly they move. A moment relative to its root is of one size for gradients
+of any: what is tiny keeps its digits beside what is huge. All of it is exact arithmetic on integers, or correctly
+rounded on float32, so that every backend has the same bits.
+
+The functions run as they stand on NumPy arrays and on torch tensors, and are written out into kernels, with these names
+bound anew: ``bits`` (of float32) and ``from_bits``, ``word`` (an integer modulo 2^32), ``real`` and ``truncate``
+(integers to float32 and back), ``float32`` (a literal), ``where``, ``absolute`` and ``/``.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from fusedopt.kernels import source
+
+# ruff: noqa: ANN001, ANN202, F821  # as rules: compiled by several compilers, under names that each of them binds
+# mypy: disable-error-code="name-defined, no-untyped-def, no-untyped-call"
+
+#: Elements a block; memory of a block is read and written by one thread of a CPU, or by the threads of one warp.
+BLOCK = 256
+
+
+# --- chance ------------------------------------------------------------------------------------------------------------------
+
+
+def scramble(index, key, other_key):
+    """Return 32 random bits of an element: two rounds of a hash (Wellons' lowbias32), with a key before each."""
+    x = word(index + key)
+    x = word((x ^ (x >> 16)) * 0x7FEB352D)
+    x = word((x ^ (x >> 15)) + other_key)
+    x = word(x * 0x846CA68B)
+    return word(x ^ (x >> 16))
+
+
+def step_key(key, step):
+    """Return the key of one step from the key of a parameter, by a hash of its own."""
+    x = word(key + step * 0x9E3779B9)
+    x = word((x ^ (x >> 16)) * 0x21F0AAAD)
+    x = word((x ^ (x >> 15)) * 0x735A2D97)
+    return word(x ^ (x >> 15))
+
+
+def rounds_up(x, low, high, random):
+    """Whether chance rounds ``x``, between ``low`` and ``high``, up: as often as keeps the mean. ``random``: 16 bits."""
+    # A number from 1 to 2, and so both sides are larger by a distance: that takes fewer operations than one from 0 to 1.
+    distance = high - low
+    return (x - low) + distance > from_bits(word((random << 7) | 0x3F800040)) * distance
+
+
+# --- sizes and roots: bit patterns in equal distances ------------------------------------------------------------------------
+
+
+def size_bits(x):
+    """Return the bit pattern of the magnitude of ``x``."""
+    return word(bits(x) & 0x7FFFFFFF)
+
+
+def grid(lowest, highest):
+    """Return the first pattern and the distance of a block's codes, from its smallest non-zero and its largest pattern."""
+    # One of infinity or NaN has all codes in their usual places, but they mean NaN.
+    highest = where(highest > 0x7F800000, word(highest * 0 + 0x7F800000), highest)
+    lowest = where(lowest > highest, highest, lowest)
+    return lowest, word(word(highest - lowest) // 254 + 1)
+
+
+def grid_words(first, distance, highest):
+    """Return the words of a block: the pattern that code 0 would have, and the distance."""
+    bad = highest > 0x7F7FFFFF
+    return where(bad, word(highest * 0 + 0x7FC00000), word(first - distance)), where(bad, word(highest * 0), distance)
+
+
+def place(x, first, inverse_distance):
+    """Return which pattern of the grid, from 0, is the nearest below ``x``."""
+    position = real(word(size_bits(x) - first)) * inverse_distance
+    return truncate(where(position < float32(253.0), position, float32(253.0)))
+
+
+def encode_size(x, first, distance, inverse_distance, random):
+    """Return the code of ``x`` >= 0, and what it means: ``x`` on the average."""
+    below = place(x, first, inverse_distance)
+    pattern = word(first + below * distance)
+    low, high = from_bits(pattern), from_bits(word(pattern + distance))
+    up = rounds_up(x, low, high, random)
+    code = where(x == float32(0.0), word(below * 0), where(up, word(below + 2), word(below + 1)))
+    return code, where(x == float32(0.0), x, where(up, high, low))
+
+
+def encode_root(x, first, distance, inverse_distance, random):
+    """Return the code of the root ``x`` >= 0, and what it means: the square of that is the square of ``x`` on the average."""
+    below = place(x, first, inverse_distance)
+    pattern = word(first + below * distance)
+    low, high = from_bits(pattern), from_bits(word(pattern + distance))
+    up = rounds_up(x * x, low * low, high * high, random)
+    code = where(x == float32(0.0), word(below * 0), where(up, word(below + 2), word(below + 1)))
+    return code, where(x == float32(0.0), x, where(up, high, low))
+
+
+def decode_size(code, base, distance):
+    """Return the number, or the root, that a code means."""
+    return where(code == 0, float32(0.0), from_bits(word(base + code * distance)))
+
+
+# --- signed numbers: one binade or several above zero ------------------------------------------------------------------------
+
+
+def factors(highest, top):
+    """Return the word of a block whose largest magnitude has the pattern ``highest``, and the factor that encodes.
+
+    ``top`` is what the largest code means before the factor.
+    """
+    largest = from_bits(highest)
+    usable = (highest > 0x037FFFFF) & (highest < 0x7F800000)  # from 2^-120 on, so that the quotients are finite
+    kept = where(usable, largest, float32(1.0))
+    factor = where(usable, kept / top, where(highest < 0x7F800000, float32(0.0), from_bits(word(highest * 0 + 0x7FC00000))))
+    return factor, where(usable, top / kept, float32(0.0))
+
+
+def signed_factors(highest):
+    """Return :func:`factors` for signed codes."""
+    return factors(highest, float32(12.75))
+
+
+def relative_factors(highest):
+    """Return :func:`factors` for relative codes."""
+    return factors(highest, float32(2.96875))
+
+
+def encode_signed(x, inverse_factor, random):
+    """Return the code of ``x``; chance decides up or down."""
+    pattern = word(bits(float32(1.0) + absolute(x) * inverse_factor) - 0x3F800000)
+    size = word(pattern + (random << 2)) >> 18
+    return word(where(size > 127, word(size * 0 + 127), size) | ((bits(x) >> 24) & 128))
+
+
+def decode_signed(code, factor):
+    """Return the number that a code means."""
+    size = (from_bits(word(0x3F800000 + ((code & 127) << 18))) - float32(1.0)) * factor
+    return from_bits(word(bits(size) | ((code & 128) << 24)))
+
+
+def encode_relative(x, inverse_factor, random):
+    """Return the code of the quotient ``x``: the nearest one, but by chance where an average that fades would get stuck.
+
+    To nearest, 16 steps and fewer would keep what loses a thirtieth at each step; chance in all of them would cost a third more error.
+    """
+    pattern = word(bits(float32(1.0) + absolute(x) * inverse_factor) - 0x3F800000)
+    size = word(pattern + where(pattern < 0x200000, word(random << 1), word(random * 0 + 0x10000))) >> 17
+    return word(where(size > 127, word(size * 0 + 127), size) | ((bits(x) >> 24) & 128))
+
+
+def decode_relative(code, factor, root):
+    """Return the number that a code means beside the ``root`` that is stored."""
+    size = (from_bits(word(0x3F800000 + ((code & 127) << 17))) - float32(1.0)) * factor * root
+    return from_bits(word(bits(size) | ((code & 128) << 24)))
+
+
+def quotient(x, root):
+    """Return what the relative code keeps of ``x``; nothing beside a root of zero."""
+    return where(root == float32(0.0), root, x / root)
+
+
+# --- 16 bits -----------------------------------------------------------------------------------------------------------------
+
+
+def encode_bfloat16(x, random):
+    """Return the bits of ``x`` in bfloat16, rounded up with the chance that keeps the mean; NaN stays NaN."""
+    return where(x != x, word(random * 0 + 0x7FC0), word(bits(x) + random) >> 16)
+
+
+# --- the same for NumPy, for torch, and as text ------------------------------------------------------------------------------
+
+#: The functions above, callees first.
+FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    scramble,
+    step_key,
+    rounds_up,
+    size_bits,
+    grid,
+    grid_words,
+    place,
+    encode_size,
+    encode_root,
+    decode_size,
+    factors,
+    signed_factors,
+    relative_factors,
+    encode_signed,
+    decode_signed,
+    encode_relative,
+    decode_relative,
+    quotient,
+    encode_bfloat16,
+)
+#: Bindings for NumPy arrays: the reference.
+ARRAYS: dict[str, Callable[..., Any]] = {
+    "bits": lambda x: x.view(numpy.uint32),
+    "from_bits": lambda b: b.view(numpy.float32),
+    "word": lambda x: numpy.asarray(x).astype(numpy.uint32),
+    "real": lambda x: x.astype(numpy.float32),
+    "truncate": lambda x: x.astype(numpy.uint32),
+    "float32": numpy.float32,
+    "where": numpy.where,
+    "absolute": numpy.abs,
+}
+
+#: Bindings for torch tensors: words are 64-bit integers, because torch does not compute with 32 unsigned bits.
+TENSORS: dict[str, Callable[..., Any]] = {
+    "bits": lambda x: x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF,
+    "from_bits": lambda b: (((b + 0x80000000) & 0xFFFFFFFF) - 0x80000000).to(torch.int32).view(torch.float32),
+    "word": lambda x: x & 0xFFFFFFFF,
+    "real": lambda x: x.to(torch.float32),
+    "truncate": lambda x: x.to(torch.int64),
+    "float32": lambda x: torch.tensor(x, dtype=torch.float32),  # torch divides a plain number by a tensor in two roundings
+    "where": torch.where,
+    "absolute": Tensor.abs,
+}
+
+
+def bound(names: dict[str, Callable[..., Any]]) -> types.SimpleNamespace:
+    """Return the functions for arrays or tensors whose operations are ``names``."""
+    namespace: dict[str, Any] = {"__builtins__": builtins, **names}
+    for function in FUNCTIONS:
+        namespace[function.__name__] = types.FunctionType(function.__code__, namespace, function.__name__)  # type: ignore[arg-type]
+    return types.SimpleNamespace(**{function.__name__: namespace[function.__name__] for function in FUNCTIONS})
+
+
+def texts(decorator: str, rewrite: ast.NodeTransformer | None = None) -> str:
+    """Return the functions as source for a generated file, each under ``decorator``."""
+    return "\n\n\n".join(source.texts(function, decorator, rewrite)[-1] for function in FUNCTIONS)

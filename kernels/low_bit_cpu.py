@@ -1,0 +1,91 @@
+"""What generated Numba kernels of low-bit formats are made of beside :mod:`~fusedopt.kernels.cpu_runtime`."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from fusedopt.kernels.codes import BLOCK
+from fusedopt.kernels.cpu_runtime import *  # noqa: F403
+from fusedopt.kernels.cpu_runtime import JIT, _pointer_maker, where
+
+# Numba computes with 64-bit integers; where each result is cut to 32 bits, LLVM computes with 32, twice as many at once.
+
+uint8_pointer = _pointer_maker(types.uint8)
+uint32_pointer = _pointer_maker(types.uint32)
+
+
+@intrinsic
+def bits(typing_context, x):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def from_bits(typing_context, pattern):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+def _room(element, of):
+    @intrinsic
+    def room(typing_context):
+        """Return room for a block on the stack of the calling function."""
+
+        def generate(context, builder, signature, arguments):
+            # Not Numba's own way, which fills it with zeros.
+            with builder.goto_entry_block():
+                memory = builder.alloca(ir.ArrayType(of, BLOCK))
+            memory.align = 64
+            return builder.bitcast(memory, of.as_pointer())
+
+        return types.CPointer(element)(), generate
+
+    return room
+
+
+scratch = _room(types.float32, ir.FloatType())
+random_scratch = _room(types.uint32, ir.IntType(32))
+
+
+@njit(**JIT)
+def word(x):
+    return types.uint32(x)
+
+
+@njit(**JIT)
+def real(x):
+    return types.float32(types.uint32(x))
+
+
+@njit(**JIT)
+def truncate(x):
+    return types.uint32(types.int32(x))
+
+
+float32 = types.float32
+
+
+@njit(**JIT)
+def store_bfloat16_by_chance(array, i, x, random):
+    array[i] = where(x != x, word(0x7FC0), word(word(bits(x) + random) >> 16))
+
+
+def _chooser(comparison):
+    @intrinsic
+    def choose(typing_context, a, b):
+        def generate(context, builder, signature, arguments):
+            return builder.select(builder.icmp_unsigned(comparison, *arguments), *arguments)
+
+        return types.uint32(types.uint32, types.uint32), generate
+
+    return choose
+
+
+# LLVM knows these for reductions; of the same as a choice in Python it sees branches.
+lower, higher = _chooser("<"), _chooser(">")
