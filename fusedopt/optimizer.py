@@ -24,7 +24,7 @@ from fusedopt.options import DEFAULTS as STEP_DEFAULTS
 from fusedopt.options import StepOptions
 from fusedopt.options import check as check_options
 from fusedopt.prepared import Prepared, TorchView
-from fusedopt.settings import IMPLEMENTATION_OPTIONS, Settings
+from fusedopt.settings import FORMAT_OPTIONS, IMPLEMENTATION_OPTIONS, Settings
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -101,7 +101,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _lacking(self, group: dict[str, Any]) -> str | None:
         """Return which option of ``group`` torch's own implementation does not know, or None."""
-        for name in ("max_grad_norm", "skip_nonfinite", "ema_decay"):
+        for name in ("max_grad_norm", "skip_nonfinite", "ema_decay", *FORMAT_OPTIONS):
             if group.get(name) not in (None, False):
                 return f"{name}={group[name]}"
         return self._torch_lacks(group)
@@ -178,7 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
         for group, own in zip(self.param_groups, before, strict=True):
-            group.update({name: own[name] for name in IMPLEMENTATION_OPTIONS if name in own})
+            group.update({name: own[name] for name in (*IMPLEMENTATION_OPTIONS, *FORMAT_OPTIONS) if name in own})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._prepared = None

@@ -8,6 +8,8 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from fusedopt import low_bit
+
 
 class StepOptions(TypedDict, total=False):
     """Options of every optimizer, keyword-only; each may stand in a parameter group as well.
@@ -20,12 +22,23 @@ class StepOptions(TypedDict, total=False):
             ``optimizer.skipped_steps`` (default: False).
         ema_decay: keep the exponential average ``ema`` of the parameters, in [0, 1) (default: None, which keeps none).
         zero_grad_in_step: have each step leave the gradients zero, as ``step(zero_grad=True)`` does (default: False).
+        state_format: how states are kept: "fp32"; "bf16", rounded by chance, so that slow averages still move; "8bit", in blocks
+            of 256 codes; or a mapping from the names of states to these. Parameters of fewer than 4096 elements keep float32
+            (default: None, the parameter's dtype).
+        master_weights: what more is kept of bfloat16 parameters: "fp32", the whole number; "split16", the 16 bits that make it
+            whole, which takes the same steps; "split8", 8 of them (default: None, nothing).
+        stochastic_rounding: round bfloat16 parameters up or down by chance, so that small steps add up (default: False).
+        rounding_seed: of all that is rounded by chance, from 0 to 2^64 - 1 (default: 0).
     """
 
     max_grad_norm: float | None
     skip_nonfinite: bool
     ema_decay: float | None
     zero_grad_in_step: bool
+    state_format: str | Mapping[str, str] | None
+    master_weights: str | None
+    stochastic_rounding: bool
+    rounding_seed: int
 
 
 #: What the options are where nothing is said of them, and what groups hold of them beside.
@@ -35,6 +48,10 @@ DEFAULTS: dict[str, Any] = {
     "ema_decay": None,
     "zero_grad_in_step": False,
     "clips_alone": False,
+    "state_format": None,
+    "master_weights": None,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
 }
 
 
@@ -49,3 +66,4 @@ def check(options: Mapping[str, Any], of: str) -> None:
         raise ValueError(f"Invalid max_grad_norm: {norm}; it must be a number above 0, or None")
     if decay is not None and not (isinstance(decay, numbers.Real) and 0 <= float(decay) < 1):
         raise ValueError(f"Invalid ema_decay: {decay}; it must be a number in [0, 1), or None")
+    low_bit.check(options)

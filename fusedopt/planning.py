@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt import paths
-from fusedopt.kernels import backends
+from fusedopt import low_bit, paths
+from fusedopt.kernels import backends, blocks
 from fusedopt.kernels.formats import average_dtype
 from fusedopt.kernels.members import check_member, waves
 from fusedopt.kernels.plan import Plan
 from fusedopt.kernels.rule import Update
 from fusedopt.kernels.tables import Hyperparameters, Member
-from fusedopt.prepared import Prepared, levels_to_caller, new_state, same_objects
-from fusedopt.settings import as_number
+from fusedopt.prepared import Prepared, as_number, levels_to_caller, new_state, same_objects
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -29,10 +28,14 @@ def member_of(
     """Return ``parameter`` with its state, missing parts made anew but not yet put into ``optimizer.state``."""
     state: dict[str, Any] = optimizer.state.get(parameter) or {}
     options = optimizer.param_groups[group]
+    forms = low_bit.formats(update, options, parameter, index)
+    chance = any(form.chance for form in forms.values())
     missing = [name for name in update.states if not isinstance(state.get(name), Tensor)]
     # A rule that keeps no count has but one question: whether this is its first step.
     kept = update.rule.states or update.states
-    taken = state.get("step", 0.0) if optimizer._counts_steps else bool(kept) and not set(kept) & set(missing)
+    began = bool(kept) and not set(kept) & set(missing)
+    counted = optimizer._counts_steps or chance
+    taken = state.get("step", 0.0 if optimizer._counts_steps else began) if counted else began
     # A state made in inference mode could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():
         new = {
@@ -41,16 +44,25 @@ def member_of(
             if name in update.average.states
             else new_state(parameter, optimizer._initial(options, name))
             for name in missing
+            if name not in forms
         }
+        dropped: list[str] = []
+        if forms or low_bit.held_codes(update.rule, state):
+            initial = {name: as_number(optimizer._initial(options, name)) for name in forms if name in missing}
+            made, dropped = low_bit.complete(update, forms, parameter, state, initial)
+            new |= made
     scalars = tuple(as_number(state[name] if name in state else optimizer._initial(options, name)) for name in update.scalars)
     capturable = bool(options.get("capturable"))
-    return Member(parameter, index, gradient, group, as_number(taken), scalars, optimizer._counts_steps, capturable, state, new)
+    key = blocks.key_of(options.get("rounding_seed", 0), index) if chance else 0
+    return Member(
+        parameter, index, gradient, group, as_number(taken), scalars, counted, capturable, state, new, dropped, forms, key
+    )
 
 
 def attach(optimizer: FusedOptimizer, plan: Plan, members: Sequence[Member]) -> None:
     """Complete the states of ``members``, which ``plan`` updates."""
     for member in members:
-        if member.counted or member.new:
+        if member.counted or member.new or member.dropped:
             optimizer.state[member.parameter] = member.state
     plan.attach()
 

@@ -75,6 +75,11 @@ class Prepared:
         self.state, self.state_dicts = state, list(state.values())
 
 
+def as_number(value: Any) -> float:
+    """Return the number that ``value`` is or, as a tensor, holds."""
+    return float(value.item()) if isinstance(value, Tensor) else float(value)
+
+
 def same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
     """Whether two sequences hold the same objects in the same order."""
     return len(a) == len(b) and all(map(operator.is_, a, b))

@@ -12,20 +12,18 @@ from fusedopt.kernels.rule import Rule, Update, no_decay
 from fusedopt.kernels.rules import decoupled_decay, l2_decay, weight_average
 from fusedopt.kernels.source import RuleError
 from fusedopt.kernels.tables import Hyperparameters
-from fusedopt.prepared import same_objects
+from fusedopt.low_bit import check_names
+from fusedopt.prepared import as_number, same_objects
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
 
 #: Options that choose an implementation. They are this optimizer's own, whatever checkpoint is loaded.
 IMPLEMENTATION_OPTIONS = ("fused", "foreach", "differentiable", "capturable")
+#: Options that choose formats; these as well.
+FORMAT_OPTIONS = ("state_format", "master_weights", "stochastic_rounding")
 # Types whose objects hold the same value for ever.
 _CONSTANT = (float, int, bool, str, type(None))
-
-
-def as_number(value: Any) -> float:
-    """Return the number that ``value`` is or, as a tensor, holds."""
-    return float(value.item()) if isinstance(value, Tensor) else float(value)
 
 
 def decay_of(rule: Rule, decays: bool, decoupled: bool) -> Update:
@@ -57,11 +55,14 @@ class Settings:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         groups = optimizer.param_groups
         decays = any(isinstance(w := group.get("weight_decay", 0), Tensor) or w != 0 for group in groups)
-        self.switches = [tuple(group.get(name) for name in IMPLEMENTATION_OPTIONS) for group in groups]
+        names = (*IMPLEMENTATION_OPTIONS, *FORMAT_OPTIONS, "rounding_seed")
+        self.switches = [tuple(group.get(name) for name in names) for group in groups]
         updates = [optimizer._update(group, decays) for group in groups]
         self.updates = [
             update if group.get("ema_decay") is None else _averaging(update) for update, group in zip(updates, groups, strict=True)
         ]
+        for group, update in zip(groups, self.updates, strict=True):
+            check_names(group.get("state_format"), update)
         self.hyperparameters = [
             Hyperparameters(
                 tuple(_live_number(optimizer._hyperparameter(group, name), group) for name in update.hyperparameters),

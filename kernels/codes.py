@@ -5,10 +5,10 @@ one or two 32-bit words that the block has beside them:
 
 | code | for | a byte means | words of a block |
 |---|---|---|---|
-| size | states that are never negative | 0 is zero; else 1 of 255 bit patterns of float32 in equal distances | first pattern, distance |
+| size | states that are never negative | 0 is zero; else 1 of 255 bit patterns in equal distances | first pattern, distance |
 | root | second moments | the size code of the root | first pattern, distance |
-| signed | other states | a sign and 7 bits, four binades of 32 steps above zero | a factor |
-| relative | first moments | a sign and 7 bits, two binades of 64 steps, of its quotient by the root that is stored | a factor |
+| signed | other states | a sign and 7 bits, four binades of 32 steps | a factor |
+| relative | first moments | a sign and 7 bits, two binades of 64 steps, of the quotient by the root | a factor |
 
 Bit patterns of float32 in equal distances are a logarithm, near enough, that costs an addition. They are rounded up or down
 by chance, so that averages stay unbiased however slowly they move. A moment relative to its root is of one size for gradients
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fusedopt.kernels import source
 
-# ruff: noqa: ANN001, ANN202, F821  # as rules: compiled by several compilers, under names that each of them binds
+# ruff: noqa: F821  # compiled by several compilers, under names that each of them binds
 # mypy: disable-error-code="name-defined, no-untyped-def, no-untyped-call"
 
 #: Elements a block; memory of a block is read and written by one thread of a CPU, or by the threads of one warp.
@@ -162,7 +162,8 @@ def decode_signed(code, factor):
 def encode_relative(x, inverse_factor, random):
     """Return the code of the quotient ``x``: the nearest one, but by chance where an average that fades would get stuck.
 
-    To nearest, 16 steps and fewer would keep what loses a thirtieth at each step; chance in all of them would cost a third more error.
+    To nearest, 16 steps and fewer would keep what loses a thirtieth at each step; chance in all of them would cost a third more
+    error.
     """
     pattern = word(bits(float32(1.0) + absolute(x) * inverse_factor) - 0x3F800000)
     size = word(pattern + where(pattern < 0x200000, word(random << 1), word(random * 0 + 0x10000))) >> 17
@@ -180,12 +181,51 @@ def quotient(x, root):
     return where(root == float32(0.0), root, x / root)
 
 
-# --- 16 bits -----------------------------------------------------------------------------------------------------------------
+# --- 16 bits, with or without more bits beside them --------------------------------------------------------------------------
 
 
 def encode_bfloat16(x, random):
     """Return the bits of ``x`` in bfloat16, rounded up with the chance that keeps the mean; NaN stays NaN."""
     return where(x != x, word(random * 0 + 0x7FC0), word(bits(x) + random) >> 16)
+
+
+def narrow(x):
+    """Return the bits of ``x`` in bfloat16: the nearest, of two the one of the larger pattern; NaN stays NaN."""
+    pattern = bits(x)
+    return where(x != x, word(pattern * 0 + 0x7FC0), word(pattern + 0x8000) >> 16)
+
+
+def join_fp32(kept, master):
+    """Return the ``master`` of a parameter whose bits are ``kept``, or the parameter where somebody else has written it."""
+    return where(narrow(master) == kept, master, from_bits(word(kept << 16)))
+
+
+def split_fp32(x):
+    """Return a parameter's bits, and its master."""
+    return narrow(x), x
+
+
+def join_split16(kept, low):
+    """Return the float32 of a parameter's bits and the 16 bits beside it, a signed distance."""
+    return from_bits(word((kept << 16) + low))
+
+
+def split_split16(x):
+    """Return a parameter's bits and the distance of ``x`` from it, which 16 bits hold as ties go upward."""
+    kept = narrow(x)
+    return kept, where(x != x, word(kept * 0), word(bits(x) - (kept << 16)))
+
+
+def join_split8(kept, low):
+    """Return the upper 24 bits of a float32 from a parameter's bits and the 8 bits beside it."""
+    return from_bits(word((kept << 16) + (low << 8)))
+
+
+def split_split8(x, random):
+    """Return a parameter's bits and 8 more, of ``x`` rounded to 24 by chance."""
+    pattern = word(bits(x) + (random & 255)) >> 8
+    kept = where(x != x, word(pattern * 0 + 0x7FC0), word(pattern + 128) >> 8)
+    return kept, where(x != x, word(pattern * 0), word(pattern - (kept << 8)))
 
 
 # --- the same for NumPy, for torch, and as text ------------------------------------------------------------------------------
@@ -211,6 +251,13 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
     decode_relative,
     quotient,
     encode_bfloat16,
+    narrow,
+    join_fp32,
+    split_fp32,
+    join_split16,
+    split_split16,
+    join_split8,
+    split_split8,
 )
 #: Bindings for NumPy arrays: the reference.
 ARRAYS: dict[str, Callable[..., Any]] = {
@@ -241,7 +288,7 @@ def bound(names: dict[str, Callable[..., Any]]) -> types.SimpleNamespace:
     """Return the functions for arrays or tensors whose operations are ``names``."""
     namespace: dict[str, Any] = {"__builtins__": builtins, **names}
     for function in FUNCTIONS:
-        namespace[function.__name__] = types.FunctionType(function.__code__, namespace, function.__name__)  # type: ignore[arg-type]
+        namespace[function.__name__] = types.FunctionType(function.__code__, namespace, function.__name__)
     return types.SimpleNamespace(**{function.__name__: namespace[function.__name__] for function in FUNCTIONS})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
-from fusedopt.kernels import generate, norms, source
+from fusedopt.kernels import codes, cpu_blocks, generate, norms, source
 from fusedopt.kernels.formats import FORMATS, compute_dtype
 from fusedopt.kernels.tables import CHUNK, chunk_table
 
@@ -73,6 +73,9 @@ from fusedopt.kernels.cpu_runtime import JIT, absolute, maximum, nonzero, sign, 
 {functions}
 
 
+{chunk}'''
+
+_CHUNK_TEMPLATE = """\
 @njit(**JIT)
 def update_chunk(addresses, tensor, start, count, c):
     {open_arrays}
@@ -81,7 +84,18 @@ def update_chunk(addresses, tensor, start, count, c):
         {loads}
         {element}
         {stores}
-'''
+"""
+
+# Where numbers have codes, these come between.
+_CODES_TEMPLATE = """\
+from fusedopt.kernels import cpu_codes
+from fusedopt.kernels.cpu_codes import bits, from_bits, higher, lower, real, truncate, word
+
+
+{codes}
+
+
+"""
 
 # The order of sums is that of fusedopt.kernels.norms, whatever the processor.
 _SUM_TEMPLATE = '''\
@@ -128,26 +142,34 @@ def sum_of_squares(addresses, tensor, start, count, scale):
 def kernel_source(kind: Kind) -> str:
     """Return the text of the module that holds the kernel for buckets of ``kind``."""
     # Imported here, because importing Numba takes half a second that only a step on a CPU need pay.
-    from fusedopt.kernels import cpu_runtime
+    from fusedopt.kernels import cpu_codes, cpu_runtime
 
-    update, compute = kind.update, kind.compute.name
-    arrays = list(zip(generate.arrays(update), kind.formats, strict=True))
-
-    def store(array: str, name: str, format_name: str) -> str:
-        return f"runtime.store_{format_name}({array}_array, i, {name})"
-
-    loads = [f"{array} = {compute}(runtime.load_{form.name}({array}_array, i))" for array, form in arrays]
     gradient = kind.formats[1].name
-    if kind.unscale:
-        loads.append("g = c_inverse_scale * g")
+    lines = ["g = c_inverse_scale * g"] if kind.unscale else []
     if kind.zero_grad:
-        loads.append(store("g", f"{compute}(0.0)", gradient))
+        lines.append(f"runtime.store_{gradient}(g_array, i, {kind.compute.name}(0.0))")
     elif kind.unscale:
-        loads.append(store("g", "g", gradient))
+        lines.append(f"runtime.store_{gradient}(g_array, i, g)")
+    functions = generate.functions(generate.functions_of_elements(kind.update), "@njit(**JIT)")
+    if kind.coded:
+        functions = _CODES_TEMPLATE.format(codes=codes.texts("@njit(**JIT)")) + functions
     return (_TEMPLATE + _CLAIMS).format(
         title=kind.name,
-        runtime=source.fingerprint([cpu_runtime]),
-        functions=generate.functions(generate.functions_of_elements(update), "@njit(**JIT)"),
+        runtime=source.fingerprint([cpu_runtime, cpu_codes] if kind.coded else [cpu_runtime]),
+        functions=functions,
+        chunk=cpu_blocks.update_chunk(kind, lines) if kind.coded else _chunk_source(kind, lines),
+        compute=kind.compute.name,
+        arrays=2 + len(kind.tensors) + 2 * kind.chance,
+        width=kind.row_length,
+        visit="update_chunk(addresses, tensor, chunks[chunk, 1], chunks[chunk, 2], coefficients[row_of_tensor[tensor]])",
+    )
+
+
+def _chunk_source(kind: Kind, gradient: list[str]) -> str:
+    update, compute = kind.update, kind.compute.name
+    arrays = list(zip(generate.arrays(update), kind.formats, strict=True))
+    loads = [f"{array} = {compute}(runtime.load_{form.name}({array}_array, i))" for array, form in arrays]
+    return _CHUNK_TEMPLATE.format(
         open_arrays=generate.indent(
             [
                 f"{array}_array = carray(runtime.{form.name}_pointer(addresses[{row}, tensor] + {form.itemsize} * start), count)"
@@ -156,13 +178,11 @@ def kernel_source(kind: Kind) -> str:
             4,
         ),
         coefficients=generate.indent([f"{name} = c[{i}]" for i, name in enumerate(generate.coefficient_names(update))], 4),
-        loads=generate.indent(loads, 8),
+        loads=generate.indent([*loads, *gradient], 8),
         element=generate.indent(generate.element(update), 8),
-        stores=generate.indent([store(array, f"new_{array}", form.name) for array, form in arrays if array != "g"], 8),
-        compute=compute,
-        arrays=len(arrays),
-        width=len(generate.coefficient_names(update)),
-        visit="update_chunk(addresses, tensor, chunks[chunk, 1], chunks[chunk, 2], coefficients[row_of_tensor[tensor]])",
+        stores=generate.indent(
+            [f"runtime.store_{form.name}({array}_array, i, new_{array})" for array, form in arrays if array != "g"], 8
+        ),
     )
 
 

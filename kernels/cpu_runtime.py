@@ -27,7 +27,9 @@ LINE = 8
 PATIENCE = 3_000_000
 
 
-def _pointer_maker(element):
+def pointer_maker(element):
+    """Return a function of an address that gives it as a pointer to ``element``."""
+
     @intrinsic
     def pointer(typing_context, address):
         def generate(context, builder, signature, arguments):
@@ -38,11 +40,11 @@ def _pointer_maker(element):
     return pointer
 
 
-int64_pointer = _pointer_maker(types.int64)
-float32_pointer = _pointer_maker(types.float32)
-float64_pointer = _pointer_maker(types.float64)
+int64_pointer = pointer_maker(types.int64)
+float32_pointer = pointer_maker(types.float32)
+float64_pointer = pointer_maker(types.float64)
 # Half precision numbers are loaded and stored as their bits.
-float16_pointer = bfloat16_pointer = _pointer_maker(types.uint16)
+float16_pointer = bfloat16_pointer = pointer_maker(types.uint16)
 
 
 def stack_of_float64(length):

@@ -22,6 +22,8 @@ class Format:
     chance: bool = False
     #: What the 32-bit words are that a block of codes has beside it; none where elements stand for themselves.
     parts: tuple[str, ...] = ()
+    #: The dtype of what a parameter has beside it for more bits, or None.
+    master: torch.dtype | None = None
 
     @property
     def words(self) -> int:
@@ -30,13 +32,8 @@ class Format:
 
     @property
     def plain(self) -> str:
-        """How an element is loaded; chance is a matter of storing alone."""
+        """How the elements themselves are loaded."""
         return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def pointer(self) -> str:
-        """The name of the maker of pointers."""
-        return f"{self.plain}_pointer"
 
     @property
     def itemsize(self) -> int:
@@ -49,13 +46,18 @@ FORMATS: dict[torch.dtype, Format] = {
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
 
-#: Formats that a state is given by ``state_format``; codes are those of :mod:`fusedopt.kernels.codes`.
+#: Formats of :mod:`fusedopt.kernels.codes`: of states, and of parameters that have a master.
 BFLOAT16_BY_CHANCE = Format("bfloat16_by_chance", torch.bfloat16, chance=True)
 CODES: dict[str, Format] = {
     "size": Format("size", torch.uint8, True, ("base", "distance")),
     "root": Format("root", torch.uint8, True, ("base", "distance")),
     "signed": Format("signed", torch.uint8, True, ("factor",)),
     "relative": Format("relative", torch.uint8, True, ("factor",)),
+}
+MASTERS: dict[str, Format] = {
+    "fp32": Format("fp32", torch.bfloat16, master=torch.float32),
+    "split16": Format("split16", torch.bfloat16, master=torch.int16),
+    "split8": Format("split8", torch.bfloat16, chance=True, master=torch.int8),
 }
 
 #: A complex number is stored, and updated, as its real and its imaginary part.

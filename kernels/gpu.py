@@ -48,14 +48,12 @@ class _Tables:
         self.captured = False
         #: The coefficients that the device computes for itself, one row a tensor.
         dtype = bucket.kind.compute.dtype
-        self.coefficients = torch.zeros(
-            (len(bucket.members), 1 + bucket.kind.update.coefficient_count), dtype=dtype, device=self.device
-        )
+        self.coefficients = torch.zeros((len(bucket.members), bucket.kind.row_length), dtype=dtype, device=self.device)
 
     def chunks(self, bucket: Bucket, launch: Launch) -> list[tuple[bool, Tensor]]:
         """Return (aligned, [chunks, 2] of tensor and index) of active tensors, aligned and others apart."""
         # Wide accesses promise the alignment that fresh tensors have and views into others may lack.
-        aligned = numpy.bitwise_or.reduce(launch.addresses) & 15 == 0
+        aligned = numpy.bitwise_or.reduce(launch.addresses[: 2 + len(bucket.kind.tensors)]) & 15 == 0
         key = launch.active.tobytes() + aligned.tobytes()
         if key not in self._chunks:
             lists = [(flag, self._table(bucket, launch.active & (aligned == flag), gpu_kernels.BLOCK)) for flag in (True, False)]

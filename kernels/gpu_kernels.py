@@ -6,7 +6,7 @@ import functools
 import types
 from typing import TYPE_CHECKING, Any
 
-from fusedopt.kernels import generate, norms, source
+from fusedopt.kernels import generate, gpu_blocks, norms, source
 from fusedopt.kernels.formats import FORMATS, compute_dtype
 from fusedopt.kernels.tables import CHUNK
 
@@ -200,7 +200,7 @@ def prepare_source(kind: Kind) -> str:
         width=1 + len(update.hyperparameters),
         hyperparameters=generate.indent([f"h_{name} = tl.load(h + {1 + i})" for i, name in enumerate(update.hyperparameters)], 4),
         calls=generate.indent(calls, 4),
-        row_length=len(names),
+        row_length=kind.row_length,
         scalars=generate.indent(
             [
                 f"{name} = tl.load(scalars + {row} * tensors + tensor, mask=exists, other=0.0).to(tl.float64)"
@@ -216,7 +216,10 @@ def prepare_source(kind: Kind) -> str:
             4,
         ),
         stores=generate.indent(
-            [f"tl.store(row + {i}, {name}.to(coefficients.dtype.element_ty), mask=exists)" for i, name in enumerate(names)],
+            [
+                f"tl.store(row + {i}, {name}.to(coefficients.dtype.element_ty), mask=exists)"
+                for i, name in enumerate([*names, *(["step"] if kind.chance else [])])
+            ],
             4,
         ),
     )
@@ -241,13 +244,15 @@ def _elements_a_thread(kind: Kind) -> int:
 
 def options(kind: Kind, lanes: int) -> dict[str, Any]:
     """Return Triton's options for the kernel of ``kind`` on a GPU whose warps have ``lanes`` threads."""
+    if kind.coded:
+        return {"num_warps": 1, **OPTIONS}
     return {"num_warps": BLOCK // (lanes * _elements_a_thread(kind)), **OPTIONS}
 
 
 @functools.cache
 def kernel(kind: Kind) -> types.ModuleType:
     """Return the module of the kernel for buckets of ``kind``; Triton compiles it at its first launch."""
-    return source.load(f"gpu_{kind.name}", kernel_source(kind))
+    return source.load(f"gpu_{kind.name}", gpu_blocks.kernel_source(kind) if kind.coded else kernel_source(kind))
 
 
 @functools.cache

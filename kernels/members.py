@@ -8,8 +8,12 @@ import numpy
 import torch
 
 from fusedopt.kernels import layout
+from fusedopt.kernels.blocks import blocks
+from fusedopt.kernels.formats import FORMATS
 from fusedopt.kernels.rule import Update
 from fusedopt.kernels.tables import BY_ADDRESS, Kind, Member, kind_of
+
+_PLAIN = FORMATS[torch.float32]
 
 
 def check_member(member: Member, update: Update, name: str) -> Kind:
@@ -30,7 +34,7 @@ def check_member(member: Member, update: Update, name: str) -> Kind:
 
 def _check_states(member: Member, update: Update) -> None:
     parameter = member.parameter
-    for name in update.states:
+    for name in (*update.states, *(["master"] if member.formats.get("p", _PLAIN).master is not None else [])):
         state = member.tensor(name)
         if state.shape != parameter.shape or state.device != parameter.device or state.layout != torch.strided:
             raise RuntimeError(
@@ -48,11 +52,21 @@ def _check_states(member: Member, update: Update) -> None:
                 f"the state {name!r} of parameter {member.index} has strides {state.stride()}, so that elements share "
                 "memory: replace it by a clone"
             )
+    for name, form in member.formats.items():
+        if not form.words:
+            continue
+        words, expected = member.tensor(f"{name}_words"), (blocks(layout.local(parameter).numel()), form.words)
+        if layout.local(words).shape != expected or words.device != parameter.device or words.dtype != torch.int32:
+            raise RuntimeError(
+                f"the words of the state {name!r} of parameter {member.index} have shape {tuple(layout.local(words).shape)} and "
+                f"dtype {words.dtype} on {words.device}, but its blocks need {expected} of torch.int32 on {parameter.device}: load "
+                "a checkpoint of the same model, sharded in the same way, or delete this parameter's state"
+            )
 
 
 def _check_memory(member: Member, update: Update) -> None:
     tensors = {"parameter": member.parameter, "gradient of parameter": member.gradient}
-    tensors |= {f"state {name!r} of parameter": member.tensor(name) for name in update.states}
+    tensors |= {f"state {name!r} of parameter": member.tensor(name) for name in (*update.states, *member.extras)}
     for what, held in tensors.items():
         tensor = None if held is None else layout.local(held)
         if tensor is not None and layout.is_plain_memory(tensor) and tensor.numel() > 0:

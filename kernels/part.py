@@ -78,7 +78,7 @@ class Part:
 
     def _holds_states(self) -> bool:
         bucket = self.bucket
-        columns = [*zip(bucket.kind.update.states, bucket.held_states, strict=True), *bucket.scalar_views.items()]
+        columns = [*zip(bucket.kind.tensors, bucket.held_states, strict=True), *bucket.scalar_views.items()]
         try:
             return all(all(map(operator.is_, map(operator.itemgetter(name), self._state_dicts), own)) for name, own in columns)
         except KeyError:
@@ -288,6 +288,6 @@ def coefficient_rows(
             row = kind.update.coefficients(numbers[0] + 1.0, numbers[1:], own.maximize, values)
             if len(rows) > 1:
                 known[own, numbers] = row
-        table.append((scale, *row[0]))
+        table.append((scale, *row[0], numbers[0] + 1.0) if kind.chance else (scale, *row[0]))
         scalars.append(row[1])
     return numpy.array(table, kind.compute.name), numpy.array(scalars, numpy.float64)

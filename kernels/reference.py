@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedopt.kernels import layout, norms
 from fusedopt.kernels import math as kernel_math
+from fusedopt.kernels.coded import Coded, correct_root
 
 if TYPE_CHECKING:
     from fusedopt.kernels.tables import Bucket, Launch
@@ -23,8 +24,14 @@ def _run(bucket: Bucket, launch: Launch, names: dict[str, Any], to_array: Any, t
         if gradient is None:
             continue
         written = [column[index] for column in (bucket.parameters, *bucket.states)]
-        row = to_scalars(launch.coefficients[launch.row_of_tensor[index]])
-        p, g, *states = (to_array(layout.real(tensor.detach()).to(compute)) for tensor in (written[0], gradient, *written[1:]))
+        coded = Coded(bucket, launch, index) if launch.kind.coded else None
+        row = to_scalars(launch.coefficients[launch.row_of_tensor[index]][: 1 + launch.kind.update.coefficient_count])
+        if coded is None:
+            read = [written[0], gradient, *written[1:]]
+        else:
+            parameter, held = coded.load()
+            read = [parameter, gradient, *held]
+        p, g, *states = (to_array(layout.real(tensor.detach()).to(compute)) for tensor in read)
         inverse_scale, *coefficients = row
         if launch.kind.unscale:
             g = inverse_scale * g
@@ -36,6 +43,9 @@ def _run(bucket: Bucket, launch: Launch, names: dict[str, Any], to_array: Any, t
         if layout.is_sharded(gradient):
             g = layout.sharded_as(g, written[0])
         new = launch.kind.update.apply(names, p, g, states, coefficients)
+        if coded is not None:
+            coded.store(to_tensor(new[0]), [to_tensor(array) for array in new[1:]])
+            continue
         for tensor, array in zip(written, new, strict=True):
             tensor.copy_(_as_stored(to_tensor(array), tensor))
 
@@ -57,7 +67,8 @@ def run_on_arrays(bucket: Bucket, launch: Launch) -> None:
 
 def run_on_tensors(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket`` by operations of torch, one tensor after the other."""
-    _run(bucket, launch, kernel_math.TENSORS, lambda t: t, lambda t: t, lambda row: row.tolist())
+    names = correct_root(kernel_math.TENSORS) if bucket.kind.coded else kernel_math.TENSORS
+    _run(bucket, launch, names, lambda t: t, lambda t: t, lambda row: row.tolist())
 
 
 def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: Tensor) -> None:

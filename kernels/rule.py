@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusedopt.kernels import math as kernel_math
@@ -66,6 +66,11 @@ class Rule:
             names) that returns the coefficients of ``update`` in order, computed in float64, then the new scalars.
         states: names of the states, of the parameter's shape each.
         scalars: names of the numbers that each parameter keeps beside its step count, in state as 0-dim tensors.
+        nonnegative: names of the states that are never negative; where they are kept in 8 bits they have no sign.
+        relative: moments by name, with the state that bounds them: the average of squares of what they average, or of
+            magnitudes. In 8 bits they are kept as quotients.
+        squares: names of the states that are averages of squares, or sums.
+        precise: names of the states that are as fine as parameters, and in short formats only where they are named.
 
     Raises:
         RuleError: if ``update`` is not what every backend can compile, or asks for what it is not given; names the line and
@@ -76,8 +81,19 @@ class Rule:
     coefficients: Callable[..., tuple[float, ...]]
     states: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
+    nonnegative: tuple[str, ...] = ()
+    relative: Mapping[str, str] = field(default_factory=dict)
+    squares: tuple[str, ...] = ()
+    precise: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        unknown = {*self.nonnegative, *self.squares, *self.precise, *self.relative, *self.relative.values()} - set(self.states)
+        if unknown or not set(self.relative.values()) <= {*self.nonnegative, *self.squares}:
+            raise source.RuleError(
+                f"the rule {self.update.__name__!r} says of the states {list(self.states)} that {list(self.nonnegative)} are not "
+                f"negative, {list(self.squares)} are squares and {dict(self.relative)} are relative: name its own states, and as "
+                "what others are relative to those that are never negative"
+            )
         source.check(self.update, results=1 + len(self.states))
         expected = ("p", "g", *self.states)
         if source.parameters(self.update)[: len(expected)] != expected:

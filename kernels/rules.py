@@ -110,7 +110,9 @@ def _adam_coefficients(step, lr, beta1, beta2, eps):
 
 
 #: Adam (Kingma and Ba 2015, Algorithm 1); ``step_size`` and ``eps`` hold both bias corrections.
-adam = Rule(_adam, _adam_coefficients, states=("exp_avg", "exp_avg_sq"))
+adam = Rule(
+    _adam, _adam_coefficients, states=("exp_avg", "exp_avg_sq"), squares=("exp_avg_sq",), relative={"exp_avg": "exp_avg_sq"}
+)
 
 
 def _amsgrad(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps):
@@ -122,7 +124,13 @@ def _amsgrad(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, step_size, beta1, one_mi
 
 
 #: AMSGrad (Reddi et al. 2018, Algorithm 2): the largest second moment so far, taken before bias correction as torch does.
-amsgrad = Rule(_amsgrad, _adam_coefficients, states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+amsgrad = Rule(
+    _amsgrad,
+    _adam_coefficients,
+    states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    squares=("exp_avg_sq", "max_exp_avg_sq"),
+    relative={"exp_avg": "exp_avg_sq"},
+)
 
 
 def _nadam(p, g, exp_avg, exp_avg_sq, gradient_size, average_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps):
@@ -143,7 +151,14 @@ def _nadam_coefficients(step, mu_product, lr, beta1, beta2, eps, momentum_decay)
 
 
 #: Adam with Nesterov's momentum (Dozat 2016, Algorithm 2); ``mu_product`` is the product of all momenta so far.
-nadam = Rule(_nadam, _nadam_coefficients, states=("exp_avg", "exp_avg_sq"), scalars=("mu_product",))
+nadam = Rule(
+    _nadam,
+    _nadam_coefficients,
+    states=("exp_avg", "exp_avg_sq"),
+    scalars=("mu_product",),
+    squares=("exp_avg_sq",),
+    relative={"exp_avg": "exp_avg_sq"},
+)
 
 
 def _radam(p, g, exp_avg, exp_avg_sq, step_size, rectifies, beta1, one_minus_beta1, beta2, one_minus_beta2, eps):
@@ -167,7 +182,9 @@ def _radam_coefficients(step, lr, beta1, beta2, eps):
 
 
 #: Rectified Adam (Liu et al. 2020, Algorithm 2): without the second moment while its variance is not known.
-radam = Rule(_radam, _radam_coefficients, states=("exp_avg", "exp_avg_sq"))
+radam = Rule(
+    _radam, _radam_coefficients, states=("exp_avg", "exp_avg_sq"), squares=("exp_avg_sq",), relative={"exp_avg": "exp_avg_sq"}
+)
 
 
 def _adamax(p, g, exp_avg, exp_inf, step_size, beta1, one_minus_beta1, beta2, eps):
@@ -181,7 +198,9 @@ def _adamax_coefficients(step, lr, beta1, beta2, eps):
 
 
 #: Adam with the infinity norm in place of the second moment (Kingma and Ba 2015, Algorithm 2).
-adamax = Rule(_adamax, _adamax_coefficients, states=("exp_avg", "exp_inf"))
+adamax = Rule(
+    _adamax, _adamax_coefficients, states=("exp_avg", "exp_inf"), nonnegative=("exp_inf",), relative={"exp_avg": "exp_inf"}
+)
 
 
 # --- a step size for each element from past gradients --------------------------------------------------------------------
@@ -197,7 +216,7 @@ def _adagrad_coefficients(step, lr, lr_decay, eps):
 
 
 #: AdaGrad (Duchi et al. 2011, Figure 1, diagonal): divides by the root of the sum of all squares.
-adagrad = Rule(_adagrad, _adagrad_coefficients, states=("sum",))
+adagrad = Rule(_adagrad, _adagrad_coefficients, states=("sum",), squares=("sum",))
 
 
 def _adadelta(p, g, square_avg, acc_delta, lr, rho, one_minus_rho, eps):
@@ -213,7 +232,7 @@ def _adadelta_coefficients(step, lr, rho, eps):
 
 
 #: Adadelta (Zeiler 2012, Algorithm 1): steps in the units of past steps.
-adadelta = Rule(_adadelta, _adadelta_coefficients, states=("square_avg", "acc_delta"))
+adadelta = Rule(_adadelta, _adadelta_coefficients, states=("square_avg", "acc_delta"), squares=("square_avg", "acc_delta"))
 
 
 def _rmsprop(p, g, square_avg, lr, alpha, one_minus_alpha, eps):
@@ -226,7 +245,7 @@ def _rmsprop_coefficients(step, lr, alpha, eps):
 
 
 #: RMSprop (Hinton 2012, lecture 6e): divides by the root of an average of squares.
-rmsprop = Rule(_rmsprop, _rmsprop_coefficients, states=("square_avg",))
+rmsprop = Rule(_rmsprop, _rmsprop_coefficients, states=("square_avg",), squares=("square_avg",))
 
 
 def _rmsprop_momentum(p, g, square_avg, momentum_buffer, lr, alpha, one_minus_alpha, eps, momentum):
@@ -240,7 +259,9 @@ def _rmsprop_momentum_coefficients(step, lr, alpha, eps, momentum):
 
 
 #: RMSprop with momentum over what was divided.
-rmsprop_momentum = Rule(_rmsprop_momentum, _rmsprop_momentum_coefficients, states=("square_avg", "momentum_buffer"))
+rmsprop_momentum = Rule(
+    _rmsprop_momentum, _rmsprop_momentum_coefficients, states=("square_avg", "momentum_buffer"), squares=("square_avg",)
+)
 
 
 def _variance_root(square_avg, grad_avg):
@@ -255,7 +276,13 @@ def _centered_rmsprop(p, g, square_avg, grad_avg, lr, alpha, one_minus_alpha, ep
 
 
 #: Centered RMSprop (Graves 2013, section 4.2): divides by an estimate of the standard deviation.
-centered_rmsprop = Rule(_centered_rmsprop, _rmsprop_coefficients, states=("square_avg", "grad_avg"))
+centered_rmsprop = Rule(
+    _centered_rmsprop,
+    _rmsprop_coefficients,
+    states=("square_avg", "grad_avg"),
+    squares=("square_avg",),
+    relative={"grad_avg": "square_avg"},
+)
 
 
 def _centered_rmsprop_momentum(p, g, square_avg, momentum_buffer, grad_avg, lr, alpha, one_minus_alpha, eps, momentum):
@@ -267,7 +294,11 @@ def _centered_rmsprop_momentum(p, g, square_avg, momentum_buffer, grad_avg, lr, 
 
 #: Centered RMSprop with momentum over what was divided.
 centered_rmsprop_momentum = Rule(
-    _centered_rmsprop_momentum, _rmsprop_momentum_coefficients, states=("square_avg", "momentum_buffer", "grad_avg")
+    _centered_rmsprop_momentum,
+    _rmsprop_momentum_coefficients,
+    states=("square_avg", "momentum_buffer", "grad_avg"),
+    squares=("square_avg",),
+    relative={"grad_avg": "square_avg"},
 )
 
 
@@ -302,7 +333,7 @@ def _averaged_descent_coefficients(step, eta, mu, lr, lambd, alpha, t0):
 
 
 #: Averaged stochastic gradient descent (Polyak and Juditsky 1992), with the step sizes of Bottou's ``sgd2``.
-averaged_descent = Rule(_averaged_descent, _averaged_descent_coefficients, states=("ax",), scalars=("eta", "mu"))
+averaged_descent = Rule(_averaged_descent, _averaged_descent_coefficients, states=("ax",), scalars=("eta", "mu"), precise=("ax",))
 
 
 def _rprop(p, g, prev, step_size, etaminus, etaplus, step_size_min, step_size_max, zero):
@@ -320,7 +351,7 @@ def _rprop_coefficients(step, etaminus, etaplus, step_size_min, step_size_max):
 
 
 #: Rprop (Riedmiller and Braun 1993), in the form that forgets a turned gradient (Igel and Huesken 2000, iRprop-).
-rprop = Rule(_rprop, _rprop_coefficients, states=("prev", "step_size"))
+rprop = Rule(_rprop, _rprop_coefficients, states=("prev", "step_size"), nonnegative=("step_size",))
 
 
 # --- averages of the parameters: what happens after the rule ---------------------------------------------------------------

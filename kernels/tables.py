@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,28 @@ class Kind:
     formats: tuple[Format, ...]
     unscale: bool = False
     zero_grad: bool = False
+
+    @functools.cached_property
+    def chance(self) -> bool:
+        """Whether something is rounded by chance; each tensor then has a key and a first index among its addresses."""
+        return any(form.chance for form in self.formats)
+
+    @functools.cached_property
+    def coded(self) -> bool:
+        """Whether elements are more, or less, than numbers of one dtype."""
+        return self.chance or any(form.master is not None for form in self.formats)
+
+    @functools.cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of a parameter's tensors in its state: the update's, its master, and the words of blocks of codes."""
+        master = ("master",) if self.formats[0].master is not None else ()
+        coded = (name for name, form in zip(self.update.states, self.formats[2:], strict=True) if form.words)
+        return (*self.update.states, *master, *(f"{name}_words" for name in coded))
+
+    @functools.cached_property
+    def row_length(self) -> int:
+        """How many numbers a row of coefficients has: the inverse loss scale, the update's, and the step if chance needs it."""
+        return 1 + self.update.coefficient_count + self.chance
 
     @functools.cached_property
     def compute(self) -> Format:
@@ -125,16 +147,31 @@ class Member:
     capturable: bool
     state: dict[str, Any]
     new: dict[str, Tensor]
+    #: Parts of the state that :meth:`attach` takes out.
+    dropped: Sequence[str] = ()
+    #: Formats that dtypes do not tell: of states by name, of the parameter as "p".
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    #: Where the random bits of its elements come from, and the index of the first among those of all ranks.
+    key: int = 0
+    first: int = 0
 
     def tensor(self, name: str) -> Tensor:
         """Return a part of the state, attached or not."""
         tensor: Tensor = self.new[name] if name in self.new else self.state[name]
         return tensor
 
+    @property
+    def extras(self) -> list[str]:
+        """The names of the tensors that formats have beside those of the update's states."""
+        master = any(form.master is not None for form in self.formats.values())
+        return [*(["master"] if master else []), *(f"{name}_words" for name, form in self.formats.items() if form.words)]
+
     def attach(self) -> None:
         """Complete the state."""
         self.state.update(self.new)
-        self.new = {}
+        for name in self.dropped:
+            self.state.pop(name, None)
+        self.new, self.dropped = {}, ()
 
 
 @dataclass
@@ -182,9 +219,9 @@ class Launch:
 def kind_of(update: Update, member: Member) -> Kind | None:
     """Return what ``member`` needs a kernel for, or None where its dtypes are not ones that kernels store."""
     gradient = member.parameter if member.gradient is None else member.gradient
-    tensors = (member.parameter, gradient, *(member.tensor(name) for name in update.states))
-    formats = tuple(FORMATS.get(real_dtype(tensor.dtype)) for tensor in tensors)
-    if any(form is None for form in formats) or len({tensor.is_complex() for tensor in tensors}) > 1:
+    tensors = {"p": member.parameter, "g": gradient, **{name: member.tensor(name) for name in update.states}}
+    formats = tuple(member.formats.get(name, FORMATS.get(real_dtype(tensor.dtype))) for name, tensor in tensors.items())
+    if any(form is None for form in formats) or len({tensor.is_complex() for tensor in tensors.values()}) > 1:
         return None
     return Kind(update, formats)  # type: ignore[arg-type]
 
@@ -211,7 +248,7 @@ class Bucket:
         self.members = list(members)
         #: What the optimizer holds, and what of it is on this rank: kernels walk memory, operations of torch take the whole.
         self.held_parameters = [member.parameter for member in members]
-        self.held_states = [[member.tensor(name) for member in members] for name in kind.update.states]
+        self.held_states = [[member.tensor(name) for member in members] for name in kind.tensors]
         self.sharded = backend != "tensor" and any(map(layout.is_sharded, self.held_parameters))
         self.parameters = [self.part(tensor) for tensor in self.held_parameters]
         self.states = [[self.part(tensor) for tensor in column] for column in self.held_states]
@@ -223,7 +260,10 @@ class Bucket:
         self.bytes = self.sizes * max(form.itemsize for form in kind.formats[:2])
         self.chunks = chunk_table(self.sizes, CHUNK)
         self.everyone = numpy.ones(len(self.members), bool)
-        self.addresses = numpy.empty((2 + len(self.states), len(self.members)), numpy.int64)
+        rows = 2 + len(self.states)
+        self.addresses = numpy.zeros((rows + 2 * kind.chance, len(self.members)), numpy.int64)
+        if kind.chance:
+            self.addresses[rows:] = [[member.key for member in members], [member.first for member in members]]
         self.by_address = backend in BY_ADDRESS
         self.written_addresses: list[int] = []
         self.stands_in: list[tuple[int, int]] = []
@@ -283,11 +323,17 @@ class Bucket:
         for index, member in enumerate(self.members):
             parameter, gradient = self.parameters[index], member.gradient
             dense = torch.empty_like(parameter, device="meta")
-            arrays = (parameter, None if gradient is None else self.part(gradient), *(column[index] for column in self.states))
+            # The words of blocks, which come last, are laid out as they are made.
+            states = [column[index] for name, column in zip(self.kind.tensors, self.states, strict=True) if self._walks(name)]
+            arrays = (parameter, None if gradient is None else self.part(gradient), *states)
             for row, tensor in enumerate(arrays):
                 if tensor is not None and not (layout.same_layout(tensor, dense) and layout.is_literal(tensor)):
                     found.append((row, index))
         return found
+
+    def _walks(self, name: str) -> bool:
+        """Whether the tensor ``name`` of a state is of its parameter's elements."""
+        return name in self.kind.update.states or name == "master"
 
     def count_on_device(self) -> None:
         """Move the step counts to the device of the parameters, for good."""

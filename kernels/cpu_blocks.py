@@ -15,11 +15,9 @@ from fusedopt.kernels.codes import BLOCK
 if TYPE_CHECKING:
     from fusedopt.kernels.tables import Kind
 
-_TEMPLATE = '''\
+_TEMPLATE = """\
 @njit(**JIT)
 def update_block(addresses, tensor, start, count, key, other_key{coefficient_arguments}):
-    index = word(start)
-    {open_arrays}
     {before}
     for i in range(count):
         {update}
@@ -29,11 +27,10 @@ def update_block(addresses, tensor, start, count, key, other_key{coefficient_arg
 @njit(**JIT)
 def update_chunk(addresses, tensor, start, count, c):
     {coefficients}
-    key = word(addresses[{key_row}, tensor])
-    other_key = step_key(word(addresses[{key_row}, tensor] >> 32), c_step)
+    {keys}
     for first in range(0, count, {block}):
         update_block(addresses, tensor, start + first, min({block}, count - first), key, other_key{coefficient_arguments})
-'''
+"""
 
 
 def _half(slot: int) -> str:
@@ -56,29 +53,38 @@ def _draw(slots: list[int], drawn: set[int], kept: set[int]) -> list[str]:
     return lines
 
 
-def update_chunk(kind: Kind, unscale: list[str]) -> str:
-    """Return the text of ``update_chunk`` for ``kind``, some of whose formats have codes."""
+def update_chunk(kind: Kind, gradient: list[str]) -> str:
+    """Return the text of ``update_chunk`` for ``kind``, which is coded.
+
+    Args:
+        gradient: lines that follow the loads.
+    """
     compute = kind.compute.name
     arrays = list(zip(generate.arrays(kind.update), kind.formats, strict=True))
+    row_of = {name: 2 + at for at, name in enumerate(kind.tensors)}
     slots = {array: slot for slot, (array, form) in enumerate((a, f) for a, f in arrays if f.chance)}
-    partners = {f"s_{state}": f"s_{partner}" for state, partner in kind.update.relative.items()}
+    partners = {f"s_{state}": f"s_{partner}" for state, partner in kind.update.rule.relative.items()}
     before, update, stores, sizes, signed = [], [], [], [], []
-    word_rows = {array: len(arrays) + at for at, array in enumerate(array for array, form in arrays if form.words)}
-    open_arrays = [
-        f"{array}_array = carray(runtime.{form.pointer}(addresses[{at}, tensor] + {form.itemsize} * start), count)"
-        for at, (array, form) in enumerate(arrays)
-    ]
+    if kind.chance:
+        before.append(f"index = word(start + addresses[{3 + len(kind.tensors)}, tensor])")
     # A relative number is decoded after the root that it is relative to.
-    for array, form in sorted(arrays, key=lambda pair: pair[1].name == "relative"):
+    for at, (array, form) in sorted(enumerate(arrays), key=lambda each: each[1][1].name == "relative"):
+        pointer = "cpu_codes.uint8_pointer" if form.words else f"runtime.{form.plain}_pointer"
+        before.append(f"{array}_array = carray({pointer}(addresses[{at}, tensor] + {form.itemsize} * start), count)")
+        if form.master is not None:
+            pointer = f"cpu_codes.{str(form.master).removeprefix('torch.')}_pointer"
+            master = f"addresses[{row_of['master']}, tensor] + {form.master.itemsize} * start"
+            before.append(f"p_master = carray({pointer}({master}), count)")
+            given = "p_master[i]" if form.name == "fp32" else "word(p_master[i])"
+            update.append(f"p = join_{form.name}(word(p_array[i]), {given})")
+            continue
         if not form.words:
             update.append(f"{array} = {compute}(runtime.load_{form.plain}({array}_array, i))")
             continue
-        open_arrays.append(
-            f"{array}_words = carray(runtime.uint32_pointer(addresses[{word_rows[array]}, tensor] + {4 * form.words} * (start // {BLOCK})), "
-            f"{form.words})"
-        )
+        words = f"addresses[{row_of[f'{array[2:]}_words']}, tensor] + {4 * form.words} * (start // {BLOCK})"
         before += [
-            f"{array}_new = carray(runtime.scratch(), {BLOCK})",
+            f"{array}_words = carray(cpu_codes.uint32_pointer({words}), {form.words})",
+            f"{array}_new = carray(cpu_codes.float32_room(), {BLOCK})",
             f"{array}_highest = word(0)",
             *(f"{array}_{part} = {array}_words[{at}]" for at, part in enumerate(form.parts)),
         ]
@@ -88,35 +94,35 @@ def update_chunk(kind: Kind, unscale: list[str]) -> str:
             update.append(f"{array}_root = decode_size({code}, {array}_base, {array}_distance)")
             update.append(f"{array} = {array}_root" + (f" * {array}_root" if form.name == "root" else ""))
         elif form.name == "relative":
-            before.append(f"{array}_factor = from_bits({array}_factor)")
-            update.append(f"{array} = decode_relative({code}, {array}_factor, {partners[array]}_root)")
+            update.append(f"{array} = decode_relative({code}, from_bits({array}_factor), {partners[array]}_root)")
         else:
-            before.append(f"{array}_factor = from_bits({array}_factor)")
-            update.append(f"{array} = decode_signed({code}, {array}_factor)")
+            update.append(f"{array} = decode_signed({code}, from_bits({array}_factor))")
         if form.name == "root":
             stores.append(f"new_{array} = sqrt(new_{array})")
         stores.append(f"{array}_new[i] = new_{array}")
         if form.name != "relative":
             stores.append(f"{array}_bits = size_bits(new_{array})")
+            stores.append(f"{array}_highest = higher({array}_highest, {array}_bits)")
         if form.name in ("size", "root"):
             stores.append(f"{array}_lowest = lower({array}_lowest, word({array}_bits - 1))")
             sizes.append((array, form))
         else:
             signed.append((array, form))
-        if form.name != "relative":
-            stores.append(f"{array}_highest = higher({array}_highest, {array}_bits)")
     at_once = [slots[array] for array, form in arrays if form.chance and not form.words]
     loops = [at_once, *([slots[array]] for array, _ in (*sizes, *signed))]
-    words = [number for loop in loops for number in {slot // 2 for slot in loop}]
-    kept = {number for number in words if words.count(number) > 1}
+    needed = [number for loop in loops for number in {slot // 2 for slot in loop}]
+    kept = {number for number in needed if needed.count(number) > 1}
     drawn: set[int] = set()
-    before += [f"random_{number}_kept = carray(runtime.random_scratch(), {BLOCK})" for number in sorted(kept)]
+    before += [f"random_{number}_kept = carray(cpu_codes.uint32_room(), {BLOCK})" for number in sorted(kept)]
     stores += _draw(at_once, drawn, kept)
     for array, form in arrays:
         if form.words or array == "g":
             continue
-        if form.chance:
-            stores.append(f"runtime.store_{form.name}({array}_array, i, new_{array}, {_half(slots[array])})")
+        if form.master is not None:
+            given = f"new_p, {_half(slots['p'])}" if form.chance else "new_p"
+            stores.append(f"p_array[i], p_master[i] = split_{form.name}({given})")
+        elif form.chance:
+            stores.append(f"{array}_array[i] = encode_bfloat16(new_{array}, {_half(slots[array])})")
         else:
             stores.append(f"runtime.store_{form.name}({array}_array, i, new_{array})")
     after = []
@@ -142,20 +148,27 @@ def update_chunk(kind: Kind, unscale: list[str]) -> str:
                 ]
     for array, form in signed:
         after += [
-            f"{array}_factor, {array}_inverse = {form.name}_factors({array}_highest)",
-            f"{array}_words[0] = bits({array}_factor)",
+            f"{array}_new_factor, {array}_inverse = {form.name}_factors({array}_highest)",
+            f"{array}_words[0] = bits({array}_new_factor)",
             "for i in range(count):",
             *(f"    {line}" for line in _draw([slots[array]], drawn, kept)),
             f"    {array}_array[i] = encode_{form.name}({array}_new[i], {array}_inverse, {_half(slots[array])})",
         ]
     names = generate.coefficient_names(kind.update)
+    keys = ["key = word(0)", "other_key = word(0)"]
+    if kind.chance:
+        row = 2 + len(kind.tensors)
+        keys = [
+            f"key = word(addresses[{row}, tensor])",
+            f"high = word((start + addresses[{row + 1}, tensor]) >> 32)",
+            f"other_key = step_key(word(word(addresses[{row}, tensor] >> 32) + high), word(c[{len(names)}]))",
+        ]
     return _TEMPLATE.format(
         coefficient_arguments="".join(f", {name}" for name in names),
         before=generate.indent(before, 4),
-        update=generate.indent([*update, *unscale, *generate.element(kind.update), *stores], 8),
+        update=generate.indent([*update, *gradient, *generate.element(kind.update), *stores], 8),
         after=generate.indent(after, 4),
-        open_arrays=generate.indent(open_arrays, 4),
-        coefficients=generate.indent([f"{name} = c[{i}]" for i, name in enumerate(names)] + [f"c_step = word(c[{len(names)}])"], 4),
-        key_row=len(arrays) + len(word_rows),
+        coefficients=generate.indent([f"{name} = c[{i}]" for i, name in enumerate(names)], 4),
+        keys=generate.indent(keys, 4),
         block=BLOCK,
     )

@@ -7,13 +7,13 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from fusedopt.kernels.codes import BLOCK
-from fusedopt.kernels.cpu_runtime import *  # noqa: F403
-from fusedopt.kernels.cpu_runtime import JIT, _pointer_maker, where
+from fusedopt.kernels.cpu_runtime import JIT, pointer_maker
 
 # Numba computes with 64-bit integers; where each result is cut to 32 bits, LLVM computes with 32, twice as many at once.
 
-uint8_pointer = _pointer_maker(types.uint8)
-uint32_pointer = _pointer_maker(types.uint32)
+uint8_pointer = pointer_maker(types.uint8)
+uint32_pointer = pointer_maker(types.uint32)
+int8_pointer, int16_pointer, float32_pointer = map(pointer_maker, (types.int8, types.int16, types.float32))
 
 
 @intrinsic
@@ -49,8 +49,8 @@ def _room(element, of):
     return room
 
 
-scratch = _room(types.float32, ir.FloatType())
-random_scratch = _room(types.uint32, ir.IntType(32))
+float32_room = _room(types.float32, ir.FloatType())
+uint32_room = _room(types.uint32, ir.IntType(32))
 
 
 @njit(**JIT)
@@ -69,11 +69,6 @@ def truncate(x):
 
 
 float32 = types.float32
-
-
-@njit(**JIT)
-def store_bfloat16_by_chance(array, i, x, random):
-    array[i] = where(x != x, word(0x7FC0), word(word(bits(x) + random) >> 16))
 
 
 def _chooser(comparison):

@@ -1,0 +1,179 @@
+"""Tensors into codes and back by operations of torch: for the backends without kernels, and for checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.kernels import codes
+from fusedopt.kernels.codes import BLOCK
+from fusedopt.kernels.formats import Format
+
+#: The codes on tensors; words are 64-bit integers there.
+CODES: Any = codes.bound(codes.TENSORS)
+
+_MASK = 0xFFFFFFFF
+
+
+def key_of(seed: int, index: int) -> int:
+    """Return the key of a parameter's random bits: two words, as a 64-bit integer."""
+    first = int(CODES.step_key(torch.tensor(seed & _MASK), torch.tensor(2 * index + 1)))
+    second = int(CODES.step_key(torch.tensor(first ^ (seed >> 32) & _MASK), torch.tensor(2 * index + 2)))
+    return (second << 32 | first) - (1 << 64 if second >> 31 else 0)
+
+
+def random_words(key: int, step: int, first: int, count: int, number: int, device: torch.device) -> Tensor:
+    """Return the random words of consecutive elements at a step.
+
+    Args:
+        key: of the parameter.
+        step: 1 at the first.
+        first: the index of the first element.
+        number: which of the words that an element has.
+    """
+    index = torch.arange(first, first + count, device=device)
+    other = CODES.step_key(((key >> 32) + (index >> 32)) & _MASK, step)
+    return CODES.scramble(index & _MASK, key & _MASK, (other + 0x3C6EF372 * number) & _MASK)  # type: ignore[no-any-return]
+
+
+def half(words: Tensor, slot: int) -> Tensor:
+    """Return the 16 random bits of the ``slot``-th number of an element that is rounded by chance."""
+    return words >> 16 if slot % 2 == 0 else words & 0xFFFF
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Return the root, correctly rounded, which torch's own in float32 is not on every processor."""
+    return x.double().sqrt().float()
+
+
+def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return the elements of ``tensor`` in the order of the memory of ``torch.empty_like(like)``; of its own (default)."""
+    like = tensor if like is None else like
+    dense = torch.empty_like(like, dtype=tensor.dtype, requires_grad=False)
+    dense.copy_(tensor)
+    return dense.as_strided((dense.numel(),), (1,))
+
+
+def unflat(elements: Tensor, like: Tensor) -> Tensor:
+    """Return ``elements`` in the order of the memory of ``torch.empty_like(like)`` as a tensor of its shape."""
+    dense = torch.empty_like(like, dtype=elements.dtype, requires_grad=False)
+    dense.as_strided((dense.numel(),), (1,)).copy_(elements)
+    return dense
+
+
+def blocks(count: int) -> int:
+    """Return how many blocks ``count`` elements take."""
+    return -(-count // BLOCK)
+
+
+def _in_blocks(elements: Tensor) -> Tensor:
+    padded = elements.new_zeros(blocks(elements.numel()) * BLOCK)
+    padded[: elements.numel()] = elements
+    return padded.view(-1, BLOCK)
+
+
+def empty_words(form: Format, parameter: Tensor) -> Tensor:
+    """Return the words of a state of zeros."""
+    return torch.zeros((blocks(parameter.numel()), form.words), dtype=torch.int32, device=parameter.device)
+
+
+def decode(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the numbers that flat codes mean, and the sizes that others may be relative to.
+
+    Args:
+        elements: codes.
+        words: [blocks, words].
+        sizes: what the numbers are relative to, or None.
+    """
+    code = _in_blocks(elements).long()
+    parts = (words.long() & _MASK).split(1, dim=1)
+    if form.name in ("size", "root"):
+        size = CODES.decode_size(code, *parts)
+        value = size * size if form.name == "root" else size
+    elif form.name == "relative":
+        assert sizes is not None
+        value = CODES.decode_relative(code, codes.TENSORS["from_bits"](parts[0]), _in_blocks(sizes))
+        size = value
+    else:
+        size = value = CODES.decode_signed(code, codes.TENSORS["from_bits"](parts[0]))
+    count = elements.numel()
+    return value.reshape(-1)[:count], size.reshape(-1)[:count]
+
+
+def encode(form: Format, elements: Tensor, random: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the codes of flat float32 ``elements``, the words of their blocks, and the sizes that the codes mean.
+
+    Args:
+        random: 16 random bits an element.
+        sizes: what the numbers are relative to, or None.
+    """
+    x, bits = _in_blocks(elements), _in_blocks(random)
+    if form.name == "root":
+        x = sqrt(x)
+    if form.name == "relative":
+        assert sizes is not None
+        x = CODES.quotient(x, _in_blocks(sizes))
+    highest = CODES.size_bits(x).amax(1, keepdim=True)
+    meant = x
+    if form.name in ("size", "root"):
+        lowest = ((CODES.size_bits(x) - 1) & _MASK).amin(1, keepdim=True)
+        first, distance = CODES.grid((lowest + 1) & _MASK, highest)
+        parts = CODES.grid_words(first, distance, highest)
+        function = CODES.encode_root if form.name == "root" else CODES.encode_size
+        code, meant = function(x, first, distance, 1.0 / distance.float(), bits)
+    else:
+        signed = form.name == "signed"
+        factor, inverse = (CODES.signed_factors if signed else CODES.relative_factors)(highest)
+        parts = (codes.TENSORS["bits"](factor),)
+        code = (CODES.encode_signed if signed else CODES.encode_relative)(x, inverse, bits)
+    words = torch.cat(parts, dim=1)
+    words = (((words + (1 << 31)) & _MASK) - (1 << 31)).int()
+    count = elements.numel()
+    return code.reshape(-1)[:count].to(torch.uint8), words, meant.reshape(-1)[:count]
+
+
+def to_bfloat16(elements: Tensor, random: Tensor) -> Tensor:
+    """Return flat float32 ``elements`` in bfloat16, rounded by chance."""
+    return _as_bfloat16(CODES.encode_bfloat16(elements, random))
+
+
+def _as_bfloat16(bits: Tensor) -> Tensor:
+    return (((bits + (1 << 15)) & 0xFFFF) - (1 << 15)).to(torch.int16).view(torch.bfloat16)
+
+
+def join(form: Format, parameter: Tensor, master: Tensor) -> Tensor:
+    """Return the float32 numbers of a flat bfloat16 ``parameter`` and its ``master``."""
+    kept = parameter.view(torch.int16).long() & 0xFFFF
+    joined: Tensor = getattr(CODES, f"join_{form.name}")(kept, master if form.name == "fp32" else master.long())
+    return joined
+
+
+def split(form: Format, elements: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return flat float32 ``elements`` as a bfloat16 parameter and its master."""
+    function = getattr(CODES, f"split_{form.name}")
+    kept, low = function(elements, random) if form.chance else function(elements)
+    if form.name != "fp32":
+        width = 8 * (form.master.itemsize if form.master is not None else 0)
+        low = (((low + (1 << (width - 1))) & ((1 << width) - 1)) - (1 << (width - 1))).to(form.master)
+    return _as_bfloat16(kept), low
+
+
+def decoded_states(
+    forms: Mapping[str, Format], partners: Mapping[str, str], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the numbers of coded states, flat, and the sizes that they mean, by name.
+
+    Args:
+        forms: of the coded states.
+        partners: what relative states are relative to.
+        state: flat codes by name, and the words of their blocks by name and ``_words``.
+    """
+    values: dict[str, Tensor] = {}
+    sizes: dict[str, Tensor] = {}
+    for name in sorted(forms, key=lambda name: forms[name].name == "relative"):
+        of = sizes.get(partners.get(name, ""))
+        values[name], sizes[name] = decode(forms[name], state[name], state[f"{name}_words"], of)
+    return values, sizes
