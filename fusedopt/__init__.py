@@ -15,8 +15,10 @@ from fusedopt.adamax import Adamax
 from fusedopt.asgd import ASGD
 from fusedopt.clipping import clip_grad_norm_
 from fusedopt.early_stopping import EarlyStopping
+from fusedopt.flat_state import flatten_state, unflatten_state
 from fusedopt.groups import no_decay_groups
 from fusedopt.lion import Lion
+from fusedopt.memory import Memory, memory
 from fusedopt.momentum import Momentum
 from fusedopt.nadam import NAdam
 from fusedopt.radam import RAdam
@@ -40,6 +42,7 @@ __all__ = [
     "Adamax",
     "EarlyStopping",
     "Lion",
+    "Memory",
     "Momentum",
     "NAdam",
     "Optimizer",
@@ -48,10 +51,13 @@ __all__ = [
     "Rprop",
     "SparseAdam",
     "clip_grad_norm_",
+    "flatten_state",
     "lr_scheduler",
+    "memory",
     "no_decay_groups",
     "swa_utils",
     "swap_in_optimizer_params_and_state",
+    "unflatten_state",
     "warmup",
 ]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from fusedopt import masters
 from fusedopt.kernels.formats import average_dtype
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def swap(optimizer: FusedOptimizer) -> Iterator[None]:
         with torch.no_grad():
             for (parameter, _), own in zip(pairs, kept, strict=True):
                 parameter.copy_(own)
+        if optimizer._prepared is not None and optimizer._prepared.plan is not None and optimizer._versions is not None:
+            masters.remember(optimizer, optimizer._prepared.plan)  # they are what they were
 
 
 def _copies(model: torch.nn.Module, averaged: AveragedModel) -> dict[Tensor, Tensor]:

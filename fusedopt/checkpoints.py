@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fusedopt import low_bit
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer import FusedOptimizer
+
+#: Where a checkpoint says what its codes mean, in each group; and the version of :mod:`fusedopt.kernels.codes`.
+VERSION_KEY, VERSION = "codes_version", 1
 
 
 class _Shielded:
@@ -82,3 +90,44 @@ def without_defaults(state_dict: dict[str, Any], options: tuple[tuple[str, Any],
     """
     groups = [{key: value for key, value in group.items() if (key, value) not in options} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
+
+
+def with_version(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state_dict`` with the version of its codes in each group, where it holds some."""
+    if not any(_has_codes(values) for values in state_dict["state"].values()):
+        return state_dict
+    return {**state_dict, "param_groups": [{**group, VERSION_KEY: VERSION} for group in state_dict["param_groups"]]}
+
+
+def _has_codes(values: Any) -> bool:
+    return isinstance(values, dict) and any(name == "master" or str(name).endswith("_words") for name in values)
+
+
+def check_version(state_dict: dict[str, Any]) -> None:
+    """Raise ValueError if the codes of ``state_dict`` are of another version."""
+    for group in state_dict["param_groups"]:
+        version = group.get(VERSION_KEY, VERSION)
+        if version != VERSION:
+            raise ValueError(
+                f"the checkpoint holds codes of version {version}, and this fusedopt knows version {VERSION}: load it with the "
+                'version that wrote it, save state_dict(format="torch") there, and load that'
+            )
+
+
+def as_torchs(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state_dict``, that of ``optimizer``, with plain tensors in place of codes, and without what torch does not have."""
+    own = {name for name, _ in optimizer.own_options()}
+    groups = [{name: value for name, value in group.items() if name not in own} for group in state_dict["param_groups"]]
+    state = dict(state_dict["state"])
+    decays = any(group.get("weight_decay", 0) for group in optimizer.param_groups)
+    for live, saved in zip(optimizer.param_groups, groups, strict=True):
+        update = optimizer._update(live, decays)
+        for parameter, index in zip(live["params"], saved["params"], strict=True):
+            if index not in state:
+                continue
+            values = {**state[index], **low_bit.floats(update.rule, parameter, state[index])}
+            ours = {"master", "ema", *(f"{name}_words" for name in update.rule.states)}
+            if not optimizer._counts_steps:
+                ours.add("step")
+            state[index] = {name: value for name, value in values.items() if name not in ours}
+    return {**state_dict, "state": state, "param_groups": groups}

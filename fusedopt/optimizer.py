@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.optim.swa_utils import AveragedModel
 
-from fusedopt import averages, checkpoints, paths, planning
+from fusedopt import averages, checkpoints, masters, paths, planning
 from fusedopt.kernels import backends, layout
 from fusedopt.kernels.norms import Clipping
 from fusedopt.kernels.plan import Plan
@@ -49,6 +49,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _settings: Settings | None = None
     _prepared: Prepared | None = None
     _warned: frozenset[str] = frozenset()
+    #: The versions of parameters that have masters, after the last step.
+    _versions: dict[Tensor, int] | None = None
     _grad_norm: Tensor | None = None
     _skipped_steps: Tensor | None = None
     _swapped: bool = False
@@ -151,9 +153,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch.optim does; step counts are copies."""
-        return checkpoints.without_defaults(checkpoints.without_shared_scalars(super().state_dict()), self.own_options())
+    def state_dict(self, *, format: str | None = None) -> dict[str, Any]:  # noqa: A002  # as numpy and torch call it
+        """Return the state as torch.optim does; step counts are copies.
+
+        Args:
+            format: "torch" for one that torch's optimizer of the same name loads: states in short formats as float32, without
+                masters, averages and options that it does not have (default: None, everything as it is kept).
+
+        Raises:
+            ValueError: for another ``format``.
+        """
+        if format not in (None, "torch"):
+            raise ValueError(f"Invalid format: {format!r}; it must be None or 'torch'")
+        state_dict = checkpoints.without_shared_scalars(super().state_dict())
+        if format == "torch":
+            return checkpoints.as_torchs(self, state_dict)
+        return checkpoints.with_version(checkpoints.without_defaults(state_dict, self.own_options()))
 
     def __getstate__(self) -> dict[str, Any]:
         return checkpoints.without_shared_scalars(super().__getstate__())
@@ -161,7 +176,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this class or torch's has written, by copy.
 
-        States keep their dtype, as torch's do not. Options that the checkpoint lacks, and those that choose an
+        States keep their dtype, as torch's do not; those that ``state_format`` wants in another format are converted by the next
+        step, with a warning. Options that the checkpoint lacks, and those that choose an
         implementation, stay what they are; a checkpoint lacks those of our own that were at their defaults, so that it is
         as torch's.
 
@@ -169,8 +185,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             state_dict: what ``state_dict()`` returned.
 
         Raises:
-            ValueError: if its groups are not this optimizer's in number or size.
+            ValueError: if its groups are not this optimizer's in number or size, or its codes are of another version.
         """
+        checkpoints.check_version(state_dict)
         before = [dict(group) for group in self.param_groups]
         handle = self.register_load_state_dict_pre_hook(lambda _, loaded: checkpoints.shield(loaded))
         try:
@@ -179,9 +196,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             handle.remove()
         for group, own in zip(self.param_groups, before, strict=True):
             group.update({name: own[name] for name in (*IMPLEMENTATION_OPTIONS, *FORMAT_OPTIONS) if name in own})
+            group.pop(checkpoints.VERSION_KEY, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._prepared = None
+        self._prepared = self._versions = None
         if "state" in state:
             checkpoints.unshield(state["state"])
         for group, own in zip(state.get("param_groups", ()), getattr(self, "param_groups", ()), strict=False):
@@ -247,6 +265,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "max_grad_norm and skip_nonfinite measure each gradient once, but parameters share memory or are listed twice: "
                 "leave the doubles out, or clip by fusedopt.clip_grad_norm_"
             )
+        masters.rebuild(self, prepared.plan)
         # What waves have yet to read must not be zero before.
         launches = prepared.plan.launches(
             by_part, hyperparameters, loss_scale, zero_grad and not prepared.waves, clipping is not None
@@ -259,6 +278,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._torch_step([parameters[i] for i in sorted(prepared.torch_indices)], loss_scale)
             prepared.watch(self.state)
         prepared.plan.run(launches)
+        masters.remember(self, prepared.plan)
         for wave in prepared.waves:
             self._run_wave(wave, prepared, gradients, updates, hyperparameters, loss_scale)
         if zero_grad and (prepared.waves or prepared.torch_indices or not any(launches)):

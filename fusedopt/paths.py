@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fusedopt import low_bit
 from fusedopt.kernels import backends, layout
 from fusedopt.kernels.tables import BY_ADDRESS
 
@@ -105,5 +106,18 @@ def explain(optimizer: FusedOptimizer) -> str:
                 path, reason = "error", str(error)
             shape = "not known yet" if is_lazy(parameter) else tuple(parameter.shape)
             dtype = str(parameter.dtype).removeprefix("torch.")
-            lines.append(f"group {number}, {name}: shape {shape}, {dtype}, {parameter.device} -> {path} ({reason})")
+            short = "" if is_lazy(parameter) else _short_formats(optimizer, group, parameter, len(lines))
+            lines.append(f"group {number}, {name}: shape {shape}, {dtype}{short}, {parameter.device} -> {path} ({reason})")
     return "\n".join(lines)
+
+
+def _short_formats(optimizer: FusedOptimizer, group: dict[str, Any], parameter: Tensor, index: int) -> str:
+    """Return what ``group`` asks for beside dtypes, in words."""
+    try:
+        forms = low_bit.formats(optimizer._update(group, False), group, parameter, index)
+    except RuntimeError as error:
+        return f", {error}"
+    return "".join(
+        f", {'rounded' if name == 'p' and form.master is None else 'master' if name == 'p' else name} {form.title}"
+        for name, form in forms.items()
+    )

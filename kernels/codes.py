@@ -45,11 +45,10 @@ BLOCK = 256
 
 
 def scramble(index, key, other_key):
-    """Return 32 random bits of an element: two rounds of a hash (Wellons' lowbias32), with a key before each."""
-    x = word(index + key)
+    """Return 32 random bits of an element: a hash (Wellons' lowbias32) of its index, which two keys have moved about."""
+    x = word((index ^ key) + other_key)
     x = word((x ^ (x >> 16)) * 0x7FEB352D)
-    x = word((x ^ (x >> 15)) + other_key)
-    x = word(x * 0x846CA68B)
+    x = word((x ^ (x >> 15)) * 0x846CA68B)
     return word(x ^ (x >> 16))
 
 

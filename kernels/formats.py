@@ -31,6 +31,11 @@ class Format:
         return len(self.parts)
 
     @property
+    def title(self) -> str:
+        """What people call it."""
+        return "8bit" if self.words else "by chance" if self.name == "bfloat16_by_chance" else self.name
+
+    @property
     def plain(self) -> str:
         """How the elements themselves are loaded."""
         return str(self.dtype).removeprefix("torch.")
