@@ -171,6 +171,8 @@ def _encode(rule: Rule, wanted: Mapping[str, Format], parameter: Tensor, state: 
             codes = {key: new.get(key, state.get(key)) for key in (partner, f"{partner}_words")}
             flat = blocks.flat(layout.local(codes[partner]), part)  # type: ignore[arg-type]
             of = blocks.decode(wanted[partner], flat, codes[f"{partner}_words"], None)[1]  # type: ignore[arg-type]
+            # Beside zero nothing is kept.
+            elements, of = torch.where(of == 0, 0.0, elements), torch.where(of == 0, 1.0, of)
         # To nearest: what is encoded once need not be unbiased.
         middle = torch.full((elements.numel(),), 1 << 15, dtype=torch.int64, device=elements.device)
         code, words, _ = blocks.encode(form, elements, middle, of)

@@ -69,8 +69,8 @@ def blocks(count: int) -> int:
     return -(-count // BLOCK)
 
 
-def _in_blocks(elements: Tensor) -> Tensor:
-    padded = elements.new_zeros(blocks(elements.numel()) * BLOCK)
+def _in_blocks(elements: Tensor, beyond: int = 0) -> Tensor:
+    padded = elements.new_full((blocks(elements.numel()) * BLOCK,), beyond)
     padded[: elements.numel()] = elements
     return padded.view(-1, BLOCK)
 
@@ -115,7 +115,7 @@ def encode(form: Format, elements: Tensor, random: Tensor, sizes: Tensor | None)
         x = sqrt(x)
     if form.name == "relative":
         assert sizes is not None
-        x = CODES.quotient(x, _in_blocks(sizes))
+        x = CODES.quotient(x, _in_blocks(sizes, beyond=1))
     highest = CODES.size_bits(x).amax(1, keepdim=True)
     meant = x
     if form.name in ("size", "root"):

@@ -96,23 +96,23 @@ def place(x, first, inverse_distance):
 
 
 def encode_size(x, first, distance, inverse_distance, random):
-    """Return the code of ``x`` >= 0, and what it means: ``x`` on the average."""
+    """Return the code of ``x`` >= 0, and what it means: ``x`` on the average. What code 0 means is left open."""
     below = place(x, first, inverse_distance)
     pattern = word(first + below * distance)
     low, high = from_bits(pattern), from_bits(word(pattern + distance))
     up = rounds_up(x, low, high, random)
     code = where(x == float32(0.0), word(below * 0), where(up, word(below + 2), word(below + 1)))
-    return code, where(x == float32(0.0), x, where(up, high, low))
+    return code, where(up, high, low)
 
 
 def encode_root(x, first, distance, inverse_distance, random):
-    """Return the code of the root ``x`` >= 0, and what it means: the square of that is the square of ``x`` on the average."""
+    """Return the code of the root ``x`` >= 0, and what it means: its square is the square of ``x`` on the average."""
     below = place(x, first, inverse_distance)
     pattern = word(first + below * distance)
     low, high = from_bits(pattern), from_bits(word(pattern + distance))
     up = rounds_up(x * x, low * low, high * high, random)
     code = where(x == float32(0.0), word(below * 0), where(up, word(below + 2), word(below + 1)))
-    return code, where(x == float32(0.0), x, where(up, high, low))
+    return code, where(up, high, low)
 
 
 def decode_size(code, base, distance):
@@ -176,8 +176,8 @@ def decode_relative(code, factor, root):
 
 
 def quotient(x, root):
-    """Return what the relative code keeps of ``x``; nothing beside a root of zero."""
-    return where(root == float32(0.0), root, x / root)
+    """Return what the relative code keeps of ``x``; a root of zero, whatever it has been taken for here, makes zero of it."""
+    return x / root
 
 
 # --- 16 bits, with or without more bits beside them --------------------------------------------------------------------------
