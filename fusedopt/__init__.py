@@ -13,6 +13,7 @@ from fusedopt.adagrad import Adagrad
 from fusedopt.adam import Adam, AdamW
 from fusedopt.adamax import Adamax
 from fusedopt.asgd import ASGD
+from fusedopt.backward import step_in_backward
 from fusedopt.clipping import clip_grad_norm_
 from fusedopt.early_stopping import EarlyStopping
 from fusedopt.flat_state import flatten_state, unflatten_state
@@ -55,6 +56,7 @@ __all__ = [
     "lr_scheduler",
     "memory",
     "no_decay_groups",
+    "step_in_backward",
     "swa_utils",
     "swap_in_optimizer_params_and_state",
     "unflatten_state",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from fusedopt.options import StepOptions
 from fusedopt.options import check as check_options
 from fusedopt.prepared import Prepared, TorchView
 from fusedopt.settings import FORMAT_OPTIONS, IMPLEMENTATION_OPTIONS, Settings
+
+if TYPE_CHECKING:
+    from fusedopt.backward import StepInBackward
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -54,6 +57,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _grad_norm: Tensor | None = None
     _skipped_steps: Tensor | None = None
     _swapped: bool = False
+    #: What updates parameters inside backward; see fusedopt.step_in_backward.
+    _in_backward: StepInBackward | None = None
     #: Plans whose tables CUDA graphs read when they are replayed; they must live as long.
     _captured: Sequence[Plan] = ()
 
@@ -217,6 +222,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step(zero_grad)
 
     def _step(self, zero_grad: bool = False) -> None:
+        if self._in_backward is not None:
+            self._in_backward.close()
+            return
         loss_scale = self._loss_scale()
         groups = self.param_groups
         parameters: list[Tensor] = [p for group in groups for p in group["params"]]
