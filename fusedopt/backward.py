@@ -203,6 +203,8 @@ class StepInBackward:
         return self._action == self._step
 
     def _begin(self) -> None:
+        if self._optimizer._swapped:
+            raise RuntimeError("the parameters hold their averages: run backward after the block of swap_ema()")
         self._follow()
         if not self._steps or self._norm is not None:
             return

@@ -61,6 +61,8 @@ class Reduction:
         future = dist.all_reduce(buffer, group=group, async_op=True).get_future()
         arrived = future, bucket.parameters(), bucket.gradients()
         if self._takes():
+            for parameter in arrived[1]:
+                parameter.grad = None  # what this rank has computed, which the bucket holds
             earlier, self._under_way = self._under_way, [arrived]
             self._take(earlier)
         else:

@@ -44,7 +44,7 @@ SECONDS = 120
 
 
 class Processes:
-    """Two processes that run functions of this module together, as ranks 0 and 1 of a group."""
+    """Two processes that run functions of test files together, as ranks 0 and 1 of a group."""
 
     def __init__(self):
         context = multiprocessing.get_context("spawn")
@@ -61,7 +61,7 @@ class Processes:
     def run(self, function, *arguments):
         """Call `function(rank, *arguments)` in both, and raise what either raised."""
         for end in self._ends:
-            end.send((function.__name__, arguments))
+            end.send((function, arguments))
         failures = []
         for rank, end in enumerate(self._ends):
             try:
@@ -90,13 +90,13 @@ def serve(rank, meeting, end):
     torch.set_num_threads(1)  # two processes share what this machine has
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
     while True:
-        name, arguments = end.recv()
+        function, arguments = end.recv()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 ignore_warnings_of_torch()
                 torch.manual_seed(0)
-                globals()[name](rank, *arguments)
+                function(rank, *arguments)
             dist.barrier()
             end.send(None)
         except BaseException:
