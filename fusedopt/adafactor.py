@@ -17,8 +17,7 @@ from fusedopt.kernels.members import waves
 from fusedopt.kernels.tables import LossScale, Member
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.planning import warn_unfused
-from fusedopt.prepared import Prepared
-from fusedopt.settings import as_number
+from fusedopt.prepared import Prepared, as_number
 
 
 class Adafactor(FusedOptimizer, torch.optim.Adafactor):

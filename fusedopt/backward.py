@@ -102,19 +102,34 @@ class StepInBackward:
     # --- what a person calls ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def accumulating(self, enabled: bool = True) -> Iterator[None]:
-        """Leave the gradients of the passes in the block where they are, for a later pass, which is the last, to add to.
+    def accumulating(self, enabled: bool = True, *, into_momentum: bool = False) -> Iterator[None]:
+        """Add up the gradients of the passes in the block, and of a later one, which is the last and updates parameters.
 
-        Memory falls in the last pass alone.
+        Gradients stay where they are, so that memory falls in the last pass alone; or they join the first moments, as by
+        ``optimizer.accumulate()``, and memory falls in all passes.
 
         Args:
             enabled: False makes the block one without effect, as for the last of some passes (default: True).
+            into_momentum: whether gradients join the first moments; for optimizers that can ``accumulate()`` (default: False).
+
+        Raises:
+            RuntimeError: if parameters have been updated in this step; or gradients cannot join a moment, inside backward.
         """
         if not enabled:
             yield
-            return
-        with self._passes(None):
-            yield
+        elif not into_momentum:
+            with self._passes(None):
+                yield
+        else:
+            if self._scaler is not None:
+                raise RuntimeError("gradients that a scaler has scaled cannot join a moment: leave into_momentum out")
+            with self._passes(Unit.accumulate):
+                try:
+                    yield
+                    self._finish()
+                except BaseException:
+                    self._drop()
+                    raise
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
@@ -132,8 +147,7 @@ class StepInBackward:
             self._norm = Norm()
             try:
                 yield
-                self._reduction.finish()
-                self._run_all()
+                self._finish()
                 self._norm.close()
             except BaseException:
                 self._drop()
@@ -178,7 +192,7 @@ class StepInBackward:
                 return
             if not self._seen:
                 self._begin()
-            if parameter in self._seen:
+            if parameter in self._seen and self._action is not Unit.accumulate:
                 raise RuntimeError(
                     "a parameter has a second gradient in this step, but the first one has been used: call optimizer.step() after "
                     "each backward, or run all but the last of a step within accumulating(); weights that reentrant checkpoints "
@@ -206,7 +220,10 @@ class StepInBackward:
         if self._optimizer._swapped:
             raise RuntimeError("the parameters hold their averages: run backward after the block of swap_ema()")
         self._follow()
-        if not self._steps or self._norm is not None:
+        if not self._steps:
+            return
+        self._optimizer._check_accumulated()
+        if self._norm is not None:
             return
         asked = "a gradient scaler" if self._scaler is not None else "max_grad_norm or skip_nonfinite" if self._clips() else None
         if asked is not None:
@@ -237,7 +254,9 @@ class StepInBackward:
         unit.free()
         del self._waiting[unit]
 
-    def _run_all(self) -> None:
+    def _finish(self) -> None:
+        """Do with the units that wait what is done in this pass, though some of their gradients have not come."""
+        self._reduction.finish()
         for unit in list(self._waiting):
             self._run(unit)
         self._close_units()
@@ -284,6 +303,9 @@ class StepInBackward:
                     "it to step_in_backward(..., scaler=scaler), and run backward twice, first within measuring()"
                 )
             self._follow()
+            for parameter in optimizer._accumulated.parameters if optimizer._accumulated is not None else ():
+                if parameter not in self._seen and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)  # all of its gradients have joined the moment
             for parameter in self._parameters:
                 if parameter.grad is not None and (parameter not in self._seen or parameter is self._witness):
                     self._wait(parameter)

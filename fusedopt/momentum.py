@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from fusedopt.custom import RuleOptimizer
 from fusedopt.kernels import rules
+from fusedopt.kernels.rule import Rule
 from fusedopt.options import StepOptions
 
 
@@ -72,3 +73,11 @@ class Momentum(RuleOptimizer):
             fused=fused,
             **options,
         )
+
+    def _accumulation(self, group: dict[str, Any]) -> Rule:
+        if group["beta"] == 0:
+            raise RuntimeError(
+                "Momentum.accumulate() would not be exact: with beta=0 the moment forgets all but the last gradient; leave "
+                "gradients to add up in .grad"
+            )
+        return rules.gradient_into_averaged_momentum

@@ -15,6 +15,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.optim.swa_utils import AveragedModel
 
 from fusedopt import averages, checkpoints, masters, paths, planning
+from fusedopt.accumulation import Accumulating
 from fusedopt.kernels import backends, layout
 from fusedopt.kernels.norms import Clipping
 from fusedopt.kernels.plan import Plan
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from fusedopt.backward import StepInBackward
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Accumulating):
     """The part of an optimizer that runs fused kernels; stands before torch's class among the bases.
 
     A subclass names its update for a group in :meth:`_update`; everything else follows from the update's rule.
@@ -146,11 +147,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
+            self._check_accumulated()
+            if self._in_backward is None:
+                self._complete_gradients()
             # Dynamo compiles what its own code calls, frame by frame, unless told not to.
             if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
                 self._step_uncompiled(zero_grad)
             else:  # without the wrapper, which costs as much as a small kernel
                 self._step(zero_grad)
+            self._accumulated = None
         except BaseException:
             # A gradient scaler takes these back after a good step alone; the next step may be none of its.
             vars(self).pop("found_inf", None)
@@ -204,7 +209,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             group.pop(checkpoints.VERSION_KEY, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._prepared = self._versions = None
+        self._prepared = self._versions = self._accumulated = None
         if "state" in state:
             checkpoints.unshield(state["state"])
         for group, own in zip(state.get("param_groups", ()), getattr(self, "param_groups", ()), strict=False):

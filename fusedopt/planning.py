@@ -33,7 +33,7 @@ def member_of(
     missing = [name for name in update.states if not isinstance(state.get(name), Tensor)]
     # A rule that keeps no count has but one question: whether this is its first step.
     kept = update.rule.states or update.states
-    began = bool(kept) and not set(kept) & set(missing)
+    began = bool(kept) and not set(kept) & set(missing) and not optimizer._begins(parameter)
     counted = optimizer._counts_steps or chance
     taken = state.get("step", 0.0 if optimizer._counts_steps else began) if counted else began
     # A state made in inference mode could not be written outside of it.

@@ -65,7 +65,7 @@ class Settings:
             check_names(group.get("state_format"), update)
         self.hyperparameters = [
             Hyperparameters(
-                tuple(_live_number(optimizer._hyperparameter(group, name), group) for name in update.hyperparameters),
+                tuple(live_number(optimizer._hyperparameter(group, name), group) for name in update.hyperparameters),
                 bool(group["maximize"]),
             )
             for group, update in zip(groups, self.updates, strict=True)
@@ -107,7 +107,8 @@ def _is_constant(value: Any) -> bool:
     return type(value) in _CONSTANT or (type(value) is tuple and all(type(part) in _CONSTANT for part in value))
 
 
-def _live_number(value: Any, group: dict[str, Any]) -> float | Tensor:
+def live_number(value: Any, group: dict[str, Any]) -> float | Tensor:
+    """Return the number that ``value``, an option of ``group``, is at this moment."""
     # A captured step reads a tensor of its device when it is replayed.
     if isinstance(value, Tensor) and group.get("capturable") and value.device.type != "cpu":
         return value

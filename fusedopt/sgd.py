@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from fusedopt.kernels import rules
-from fusedopt.kernels.rule import Update
+from fusedopt.kernels.rule import Rule, Update
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import StepOptions
 from fusedopt.settings import decay_of
@@ -93,6 +93,19 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     def _torch_lacks(self, group: dict[str, Any]) -> str | None:
         return "decoupled_weight_decay=True" if group["decoupled_weight_decay"] and group["weight_decay"] != 0 else None
+
+    def _accumulation(self, group: dict[str, Any]) -> Rule:
+        if group["momentum"] == 0:
+            reason = (
+                "without momentum there is no moment that gradients could join, and a step taken early would move the later ones"
+            )
+        elif group["nesterov"]:
+            reason = "Nesterov's step adds the sum of gradients to the parameters by itself, and the moment does not tell it"
+        elif group["dampening"] != 0:
+            reason = f"with dampening={group['dampening']} the first step's gradients weigh otherwise"
+        else:
+            return rules.gradient_into_momentum
+        raise RuntimeError(f"SGD.accumulate() would not be exact: {reason}; leave gradients to add up in .grad")
 
     def _update(self, group: dict[str, Any], decays: bool) -> Update:
         if group["momentum"] == 0:

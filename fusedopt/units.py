@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,14 @@ class _Part(FusedOptimizer):
     grad_scale: Tensor | float | None = None
     _norm: Norm | None = None
     _measures = False
+
+    @torch.no_grad()
+    def _take_step(self) -> None:
+        # As FusedOptimizer.step does.
+        if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
+            self._step_uncompiled(False)
+        else:
+            self._step()
 
     def _clip(self, plan: Plan, launches: Sequence[Launch | None], clipping: Clipping) -> bool:
         assert self._norm is not None
@@ -144,7 +152,7 @@ class Unit:
 
     def measure(self, norm: Norm, loss_scale: LossScale | None) -> None:
         """Add the gradients that are ready to ``norm``."""
-        self._run(norm, loss_scale, measures=True)
+        self._run(self._part._take_step, norm, loss_scale, measures=True)
 
     def step(self, norm: Norm | None, loss_scale: LossScale | None) -> None:
         """Update the parameters that are ready; wholly, or not at all if an error is raised.
@@ -153,7 +161,11 @@ class Unit:
             norm: what clips, or None.
             loss_scale: what a gradient scaler asks for, or None.
         """
-        self._run(norm, loss_scale, measures=False)
+        self._run(self._part._take_step, norm, loss_scale)
+
+    def accumulate(self) -> None:
+        """Add the gradients that are ready to the first moments."""
+        self._run(self._part.accumulate)
 
     def free(self) -> None:
         """Drop the gradients that are ready."""
@@ -162,23 +174,27 @@ class Unit:
         self.ready.clear()
         self.ready_bytes = 0
 
-    def _run(self, norm: Norm | None, loss_scale: LossScale | None, measures: bool) -> None:
+    def _run(
+        self, act: Callable[[], None], norm: Norm | None = None, loss_scale: LossScale | None = None, measures: bool = False
+    ) -> None:
         part, whole = self._part, self._whole
         part.param_groups = self._groups(norm is not None)
-        part._norm, part._measures, part._warned = norm, measures, whole._warned
+        part._norm, part._measures = norm, measures
+        part._warned, part._accumulated = whole._warned, whole._accumulated
         part.found_inf = None if loss_scale is None else loss_scale.found_inf
         part.grad_scale = None if loss_scale is None else loss_scale.grad_scale
         self._share_state()
         self._join_streams()
+        # Of an earlier pass; more is to come in this one.
+        unfinished = {p: p.grad for p in self.parameters if p not in self.ready} if len(self.ready) < len(self.parameters) else {}
+        for parameter in unfinished:
+            parameter.grad = None
         try:
-            with torch.no_grad():
-                # As FusedOptimizer.step does.
-                if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
-                    part._step_uncompiled(False)
-                else:
-                    part._step()
+            act()
         finally:
-            whole._warned = part._warned
+            for parameter, gradient in unfinished.items():
+                parameter.grad = gradient
+            whole._warned, whole._accumulated = part._warned, part._accumulated
             whole.state.update(part.state)
 
     def _groups(self, measured: bool) -> list[dict[str, Any]]:

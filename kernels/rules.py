@@ -91,6 +91,30 @@ def _averaged_momentum_coefficients(step, lr, beta):
 averaged_momentum = Rule(_averaged_momentum, _averaged_momentum_coefficients, states=("momentum_buffer",))
 
 
+# --- gradients that join a moment before the step: p is the moment ------------------------------------------------------------
+
+
+def _joining_gradient(p, g, gradient_weight):
+    return (p + gradient_weight * g,)
+
+
+def _momentum_share(step, momentum):
+    # The step will multiply the moment by the momentum, and its own gradient enters whole.
+    return (1.0 / momentum,)
+
+
+#: A gradient that joins the buffer of ``momentum`` without dampening, for a step that is yet to come: ``b + g / momentum``.
+gradient_into_momentum = Rule(_joining_gradient, _momentum_share)
+
+
+def _averaged_momentum_share(step, beta):
+    return ((1.0 - beta) / beta,)
+
+
+#: A gradient that joins the buffer of ``averaged_momentum`` likewise: ``d + (1 - beta) / beta g``.
+gradient_into_averaged_momentum = Rule(_joining_gradient, _averaged_momentum_share)
+
+
 # --- Adam ----------------------------------------------------------------------------------------------------------------
 
 
