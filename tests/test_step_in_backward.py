@@ -434,6 +434,42 @@ def test_accumulation(case, unit_bytes):
     assert torch.equal(*extra)
 
 
+@pytest.mark.parametrize("unit_bytes", [0, 130, 250, 1 << 20])
+@each_plain
+def test_accumulation_with_layers_that_come_and_go(case, unit_bytes):
+    """A unit that cannot wait for all of its parameters does not touch those whose last gradient is yet to come."""
+    model, right = twins(make=make_skipping)
+    optimizers = [case.make_ours(each.parameters()) for each in (model, right)]
+    handle = fusedopt.step_in_backward(model, optimizers[0], unit_bytes=unit_bytes)
+    for number, batch in enumerate(make_batches(14, dtype=FLOAT32)):
+        with handle.accumulating(number % 2 == 0):
+            loss_of(model, batch).backward()
+        loss_of(right, batch).backward()
+        if number % 2:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_same_bits(model, right)
+    assert_same_state(*optimizers)
+
+
+def test_units_that_are_not_complete_do_not_pile_up():
+    """Each unit has a layer that takes no part any more: memory falls all the same."""
+    model = make_deep()
+    optimizer = fusedopt.SGD(model.parameters())
+    # Three weights, each with the bias of the layer before.
+    unit_bytes = 3 * 64 * 64 * 4
+    fusedopt.step_in_backward(model, optimizer, unit_bytes=unit_bytes)
+    x = torch.randn(4, 64)
+    model(x).sum().backward()
+    optimizer.step()
+    some = torch.nn.Sequential(*(layer for number, layer in enumerate(model) if number % 3))
+    peak = most_gradient_bytes(model, lambda: some(x).sum().backward())
+    assert peak < 3 * unit_bytes < 10 * 64 * 64 * 4
+    optimizer.step()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_memory_falls_in_the_last_pass():
     model = make_deep()
     optimizer = fusedopt.AdamW(model.parameters())
@@ -747,6 +783,16 @@ def test_refused(kind, message, make):
     # Nothing is left behind.
     loss_of(model, make_batches(1, dtype=FLOAT32)[0]).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_backward_while_the_parameters_are_averages_is_refused():
+    model = make_model(FLOAT32)
+    optimizer = fusedopt.SGD(model.parameters(), lr=0.1, ema_decay=0.9)
+    fusedopt.step_in_backward(model, optimizer, unit_bytes=0)
+    batch = make_batches(1, dtype=FLOAT32)[0]
+    train(model, optimizer, [batch])
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match=r"swap_ema\(\)"):
+        loss_of(model, batch).backward()
 
 
 def test_a_second_handle_is_refused():
