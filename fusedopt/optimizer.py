@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
-from torch.optim.swa_utils import AveragedModel
 
-from fusedopt import averages, checkpoints, masters, paths, planning
+from fusedopt import checkpoints, masters, paths, planning
 from fusedopt.accumulation import Accumulating
+from fusedopt.averages import Averaging
 from fusedopt.kernels import backends, layout
 from fusedopt.kernels.norms import Clipping
 from fusedopt.kernels.plan import Plan
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from fusedopt.backward import StepInBackward
 
 
-class FusedOptimizer(Accumulating):
+class FusedOptimizer(Accumulating, Averaging):
     """The part of an optimizer that runs fused kernels; stands before torch's class among the bases.
 
     A subclass names its update for a group in :meth:`_update`; everything else follows from the update's rule.
@@ -57,7 +56,6 @@ class FusedOptimizer(Accumulating):
     _versions: dict[Tensor, int] | None = None
     _grad_norm: Tensor | None = None
     _skipped_steps: Tensor | None = None
-    _swapped: bool = False
     #: What updates parameters inside backward; see fusedopt.step_in_backward.
     _in_backward: StepInBackward | None = None
     #: Plans whose tables CUDA graphs read when they are replayed; they must live as long.
@@ -323,35 +321,9 @@ class FusedOptimizer(Accumulating):
         """How many steps ``skip_nonfinite`` has left out since this optimizer was made: one whole number, on its device."""
         return torch.zeros((), dtype=torch.int64, device="cpu") if self._skipped_steps is None else self._skipped_steps
 
-    def swap_ema(self) -> AbstractContextManager[None]:
-        """Have the parameters hold their averages for the time of a ``with`` block, to evaluate or save them.
-
-        Raises:
-            RuntimeError: if there are none, as ``ema_decay`` was not given or no step has been taken.
-
-        Example:
-            >>> with optimizer.swap_ema():
-            ...     validate(model)
-        """
-        return averages.swap(self)
-
-    def store_ema(self, model: torch.nn.Module, averaged: AveragedModel) -> None:
-        """Write the averages into ``averaged``, a ``torch.optim.swa_utils.AveragedModel`` of ``model``.
-
-        Raises:
-            ValueError: if it is of another model.
-        """
-        averages.store(self, model, averaged)
-
-    def load_ema(self, model: torch.nn.Module, averaged: AveragedModel) -> None:
-        """Go on from the averages in ``averaged``, a ``torch.optim.swa_utils.AveragedModel`` of ``model``.
-
-        Load the state of the optimizer first: at a parameter's first step the average starts anew.
-
-        Raises:
-            ValueError: if it is of another model.
-        """
-        averages.load(self, model, averaged)
+    def _parameters_are_back(self) -> None:
+        if self._prepared is not None and self._prepared.plan is not None and self._versions is not None:
+            masters.remember(self, self._prepared.plan)
 
     def _check_capture(self) -> None:
         # A rule that counts steps would have its bias corrections frozen in the graph.
