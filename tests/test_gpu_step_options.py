@@ -67,6 +67,22 @@ def test_equal_bits(case, options, dtype):
     check(case, draw(SIZES, dtype), [draw(SIZES, dtype) for _ in range(3)], **options)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "formats"),
+    [
+        (torch.float32, {"state_format": "8bit"}),
+        (torch.float32, {"state_format": "bf16"}),
+        (torch.bfloat16, {"state_format": "8bit", "master_weights": "split16"}),
+        (torch.bfloat16, {"stochastic_rounding": True}),
+    ],
+    ids=["8bit", "bf16", "8bit-split16", "stochastic"],
+)
+def test_equal_bits_in_fewer_bytes(dtype, formats):
+    """The one pipeline: what is read and written beside the rule does not know how states are kept."""
+    start, gradients = draw(SIZES[:4], dtype), [draw(SIZES[:4], dtype) for _ in range(2)]
+    check(named("adamw"), start, gradients, **OPTIONS["all"], **formats)
+
+
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
 def test_order_of_programs_and_threads_changes_nothing(order):
     settings = execute.Settings(order=order)
