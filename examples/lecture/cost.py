@@ -5,10 +5,10 @@ A step of training is forward, backward and the optimizer's part, whose share is
 $$ t_{optimizer} / (t_{forward} + t_{backward} + t_{optimizer}) $$
 
 torch's for-loop visits one tensor after the other with a dozen small operations each; its lists of tensors (`foreach`) share
-the overhead; its fused kernel and `fusedopt.AdamW` read and write each element once. The network is small and deep, 42 small
-tensors, which is where the loop is dearest. Median times, the implementations in turn at each step on copies of one network,
-one thread; times differ from machine to machine and from run to run. All four get to the same weights: in float64 they
-differ by roundings alone.
+the overhead; its fused kernel and `fusedopt.AdamW` read and write each element once. The network is small and deep, of 42
+small tensors, and runs on one thread. Times are medians; the implementations take turns at each step, on copies of one
+network, so that other programs on the machine disturb all alike. They differ from machine to machine and from run to run.
+All four get to the same weights: in float64 they differ by roundings alone.
 """
 
 import time

@@ -11,8 +11,8 @@ gradient so far obeys
 $$ \min_{s < t} \Vert \nabla f(\theta_s) \Vert^2 \leq 2 f(\theta_0) / \sum_{s < t} \alpha_s $$
 
 For softmax regression half the largest eigenvalue of the inputs' second moment is such an $L$: the curve has to stay below
-the bound. The bound holds for any shape of loss; for the network with a hidden layer no $L$ is known, and its gradient
-vanishes as well.
+the bound. The bound holds for any shape of loss; for the network with a hidden layer no $L$ is known, but its gradient falls
+as well.
 """
 
 import torch

@@ -46,7 +46,8 @@ def markdown(results: Mapping[str, Result], setting: Setting, folder: Path) -> s
     parts = [
         "# The lecture, runnable",
         f"Every claim of a lecture on training deep models, trained, measured and drawn: with the optimizers of fusedopt "
-        f"{fusedopt.__version__} and otherwise with PyTorch's own parts, on {setting.data.name}{quick}.",
+        f"{fusedopt.__version__} and otherwise with PyTorch's own parts, on {setting.data.name}{quick}. "
+        "`make lecture` writes this page, and the same as one file, `lecture.html`.",
         "Seeds are fixed and all runs on one thread, so a run gives the same numbers again, but for times. Another processor or "
         "another build of torch may round otherwise, and training amplifies roundings: there the last digits may differ, and more "
         f"where training is long. These are of torch {torch.__version__}.",
