@@ -86,7 +86,9 @@ class EarlyStopping:
             raise RuntimeError(
                 f"restore: no weights are kept, for none of {self.checks} values was a number; check what step() is given"
             )
-        self.model.load_state_dict(self._best_weights)
+        # Tensors are copied into the model's own; extra state is handed over, and would then be the model's to change.
+        kept = self._best_weights.items()
+        self.model.load_state_dict({name: value if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in kept})
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a checkpoint needs to go on from here; the best weights in it are not copies."""

@@ -135,7 +135,7 @@ class Counter(nn.Linear):
         return self.seen
 
     def set_extra_state(self, state):
-        self.seen = list(state)
+        self.seen = state
 
 
 def test_extra_state_is_kept_and_put_back():
@@ -146,6 +146,9 @@ def test_extra_state_is_kept_and_put_back():
     model.seen.append(2)
     stopping.step(2.0)
     assert model.seen == [1]
+    model.seen.append(3)
+    stopping.restore()
+    assert model.seen == [1], "what is kept is not the model's to change"
 
 
 @pytest.mark.parametrize("values", [[], [NAN], [NAN, NAN, NAN]], ids=["no values", "one", "until it stops"])
