@@ -163,7 +163,8 @@ def _encode(rule: Rule, wanted: Mapping[str, Format], parameter: Tensor, state: 
         form = wanted[name]
         elements = blocks.flat(layout.local(new[name]).to(torch.float32), part)
         if not elements.any():
-            new[name], new[f"{name}_words"] = _as_codes(elements.to(torch.uint8), parameter), blocks.empty_words(form, part)
+            new[name] = _as_codes(elements.to(torch.uint8), parameter)
+            new[f"{name}_words"] = blocks.words_of(form, parameter, None)
             continue
         partner = rule.relative.get(name, "")
         of = None
@@ -176,11 +177,11 @@ def _encode(rule: Rule, wanted: Mapping[str, Format], parameter: Tensor, state: 
         # To nearest: what is encoded once need not be unbiased.
         middle = torch.full((elements.numel(),), 1 << 15, dtype=torch.int64, device=elements.device)
         code, words, _ = blocks.encode(form, elements, middle, of)
-        new[name], new[f"{name}_words"] = _as_codes(code, parameter), words
+        new[name], new[f"{name}_words"] = _as_codes(code, parameter), blocks.words_of(form, parameter, words)
 
 
 def _as_codes(elements: Tensor, parameter: Tensor) -> Tensor:
-    return blocks.unflat(elements, layout.local(parameter))
+    return layout.as_part(blocks.unflat(elements, layout.local(parameter)), parameter)
 
 
 def floats(rule: Rule, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -191,7 +192,7 @@ def floats(rule: Rule, parameter: Tensor, state: Mapping[str, Any]) -> dict[str,
     flat |= {f"{name}_words": state[f"{name}_words"] for name in held}
     values, _ = blocks.decoded_states(held, rule.relative, flat)
     found = {name: state[name] for name in rule.states if isinstance(state.get(name), Tensor)}
-    return found | {name: blocks.unflat(value, part) for name, value in values.items()}
+    return found | {name: _as_codes(value, parameter) for name, value in values.items()}
 
 
 def _master(form: Format | None, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -201,11 +202,12 @@ def _master(form: Format | None, parameter: Tensor, state: Mapping[str, Any]) ->
         return {}
     if isinstance(held, Tensor) and held.dtype == form.master and held.shape == parameter.shape:
         return {}
-    whole = parameter.detach().float()
+    part = layout.local(parameter.detach())
+    whole = part.float()
     if isinstance(held, Tensor) and held.shape == parameter.shape:
-        whole = resolved(parameter, held)
+        whole = layout.local(resolved(parameter, held))
         _say("the master of a parameter", "master_weights")
-    return {"master": blocks.unflat(blocks.split(form, blocks.flat(whole, parameter), _none(whole))[1], parameter)}
+    return {"master": _as_codes(blocks.split(form, blocks.flat(whole, part), _none(whole))[1], parameter)}
 
 
 def _none(like: Tensor) -> Tensor:
@@ -216,8 +218,9 @@ def _none(like: Tensor) -> Tensor:
 def resolved(parameter: Tensor, master: Tensor) -> Tensor:
     """Return the float32 numbers of ``parameter``, bfloat16, and its ``master``."""
     form = next(form for form in MASTERS.values() if form.master == master.dtype)
-    joined = blocks.join(form, blocks.flat(parameter.detach()), blocks.flat(master, parameter.detach()))
-    return blocks.unflat(joined, parameter.detach())
+    part = layout.local(parameter.detach())
+    joined = blocks.join(form, blocks.flat(part), blocks.flat(layout.local(master), part))
+    return _as_codes(joined, parameter)
 
 
 def _say(what: str, option: str) -> None:

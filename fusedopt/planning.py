@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import low_bit, paths
-from fusedopt.kernels import backends, blocks
+from fusedopt.kernels import backends, blocks, layout
 from fusedopt.kernels.formats import average_dtype
 from fusedopt.kernels.members import check_member, waves
 from fusedopt.kernels.plan import Plan
@@ -55,7 +55,20 @@ def member_of(
     capturable = bool(options.get("capturable"))
     key = blocks.key_of(options.get("rounding_seed", 0), index) if chance else 0
     return Member(
-        parameter, index, gradient, group, as_number(taken), scalars, counted, capturable, state, new, dropped, forms, key
+        parameter,
+        index,
+        gradient,
+        group,
+        as_number(taken),
+        scalars,
+        counted,
+        capturable,
+        state,
+        new,
+        dropped,
+        forms,
+        key,
+        layout.first_index(parameter) if chance else 0,
     )
 
 

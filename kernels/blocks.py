@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.kernels import codes
+from fusedopt.kernels import codes, layout
 from fusedopt.kernels.codes import BLOCK
 from fusedopt.kernels.formats import Format
 
@@ -75,9 +75,15 @@ def _in_blocks(elements: Tensor, beyond: int = 0) -> Tensor:
     return padded.view(-1, BLOCK)
 
 
-def empty_words(form: Format, parameter: Tensor) -> Tensor:
-    """Return the words of a state of zeros."""
-    return torch.zeros((blocks(parameter.numel()), form.words), dtype=torch.int32, device=parameter.device)
+def words_of(form: Format, parameter: Tensor, words: Tensor | None) -> Tensor:
+    """Return the ``words`` of the blocks of this rank, zeros if None, as part of a state of ``parameter``.
+
+    All ranks have as many rows as the one with the most blocks, so that parts of words are as even as those of tensors.
+    """
+    rows = torch.zeros((blocks(layout.largest_part(parameter)), form.words), dtype=torch.int32, device=parameter.device)
+    if words is not None:
+        rows[: len(words)] = words
+    return layout.rows_as_part(rows, parameter)
 
 
 def decode(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -89,7 +95,7 @@ def decode(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None) 
         sizes: what the numbers are relative to, or None.
     """
     code = _in_blocks(elements).long()
-    parts = (words.long() & _MASK).split(1, dim=1)
+    parts = (layout.local(words)[: len(code)].long() & _MASK).split(1, dim=1)
     if form.name in ("size", "root"):
         size = CODES.decode_size(code, *parts)
         value = size * size if form.name == "root" else size

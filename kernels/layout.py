@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,55 @@ def sharded_as(tensor: Any, like: Any) -> Tensor:
     """Return ``tensor``, a DTensor, with the parts that ``like`` has; ranks exchange theirs if those are others."""
     result: Tensor = tensor if same_shards(tensor, like) else tensor.redistribute(like.device_mesh, like.placements)
     return result
+
+
+def as_part(tensor: Tensor, like: Any) -> Tensor:
+    """Return ``tensor``, this rank's part, as ``like`` is: sharded in the same way, or whole."""
+    if not is_sharded(like):
+        return tensor
+    own: Any = type(like)
+    whole: Tensor = own.from_local(
+        tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return whole
+
+
+def rows_as_part(rows: Tensor, like: Any) -> Tensor:
+    """Return ``rows``, as many on each rank, as the parts of one tensor, on the ranks that have the parts of ``like``."""
+    if not is_sharded(like):
+        return rows
+    from torch.distributed.tensor import Shard
+
+    placements = [Shard(0) if placement.is_shard() else placement for placement in like.placements]
+    count = len(rows)
+    for dimension, placement in enumerate(like.placements):
+        count *= like.device_mesh.size(dimension) if placement.is_shard() else 1
+    own: Any = type(like)
+    whole: Tensor = own.from_local(
+        rows, like.device_mesh, placements, run_check=False, shape=(count, *rows.shape[1:]), stride=rows.stride()
+    )
+    return whole
+
+
+def largest_part(tensor: Any) -> int:
+    """Return how many elements the largest part of ``tensor`` has on any rank."""
+    if not is_sharded(tensor):
+        return int(tensor.numel())
+    sizes = list(tensor.shape)
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            sizes[placement.dim] = -(-sizes[placement.dim] // tensor.device_mesh.size(dimension))
+    return math.prod(sizes)
+
+
+def first_index(tensor: Any) -> int:
+    """Return which element of the whole ``tensor`` is the first of this rank's part; the others follow where rows are cut."""
+    if not is_sharded(tensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return sum(offset * math.prod(tensor.shape[dimension + 1 :]) for dimension, offset in enumerate(offsets))
 
 
 def sharding(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:

@@ -23,6 +23,11 @@ def check_member(member: Member, update: Update, name: str) -> Kind:
         RuntimeError: if a state is not of the parameter's shape or device, something has no memory or shares its own, or no
             backend can store its dtypes.
     """
+    if member.extras and name == "tensor" and layout.is_sharded(member.parameter):
+        raise RuntimeError(
+            f"parameter {member.index} is sharded, and only kernels update its codes on each rank's part: install what "
+            "explain() says is missing, or give it a group without state_format and master_weights"
+        )
     _check_states(member, update)
     if name in BY_ADDRESS:
         _check_memory(member, update)
@@ -55,7 +60,7 @@ def _check_states(member: Member, update: Update) -> None:
     for name, form in member.formats.items():
         if not form.words:
             continue
-        words, expected = member.tensor(f"{name}_words"), (blocks(layout.local(parameter).numel()), form.words)
+        words, expected = member.tensor(f"{name}_words"), (blocks(layout.largest_part(parameter)), form.words)
         if layout.local(words).shape != expected or words.device != parameter.device or words.dtype != torch.int32:
             raise RuntimeError(
                 f"the words of the state {name!r} of parameter {member.index} have shape {tuple(layout.local(words).shape)} and "

@@ -491,3 +491,77 @@ def exchanges():
 @pytest.mark.parametrize(("name", "writer", "reader"), list(exchanges()))
 def test_exchanged_distributed_checkpoint(processes, tmp_path, name, writer, reader):
     processes.run(checkpoint, name, "fsdp2", str(tmp_path), writer, reader)
+
+
+# --- short formats -----------------------------------------------------------------------------------------------------------
+
+
+def numbers(step):
+    return torch.randn(67, 80, generator=torch.Generator().manual_seed(step))
+
+
+def step_short(optimizer, steps, share):
+    (param,) = optimizer.param_groups[0]["params"]
+    for step in steps:
+        param.grad = share((1e-3 * numbers(step)).to(param.dtype))
+        optimizer.step()
+
+
+def shared(tensor):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(tensor, a_mesh(), [Shard(0)])
+
+
+def short_formats(rank, options, dtype):
+    """Random bits belong to the element, and not to the rank that has it: 67 rows are 34 and 33."""
+    start = numbers(100).to(dtype)
+    param, alone = torch.nn.Parameter(shared(start)), torch.nn.Parameter(start.clone())
+    for p, share in ((param, shared), (alone, torch.clone)):
+        optimizer = fusedopt.AdamW([p], lr=1e-2, **options)
+        step_short(optimizer, range(5), share)
+        if p is param:
+            # gloo gathers no int16.
+            state = {key: value.double().full_tensor() for key, value in optimizer.state[p].items() if value.dim()}
+    assert torch.equal(param.full_tensor(), alone)
+    assert all(torch.equal(value, optimizer.state[alone][key].double()) for key, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"state_format": "bf16"}, torch.float32),
+        ({"state_format": "bf16", "stochastic_rounding": True}, torch.bfloat16),
+        ({"master_weights": "split8", "state_format": "fp32"}, torch.bfloat16),
+        ({"master_weights": "split16", "state_format": "fp32"}, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_sharded_parameters_are_rounded_as_whole_ones(processes, options, dtype):
+    processes.run(short_formats, options, dtype)
+
+
+def short_checkpoint(rank, folder):
+    """Codes of 8 bits are saved and loaded exactly at the same sharding."""
+    import torch.distributed.checkpoint as dcp
+
+    params = [torch.nn.Parameter(shared(numbers(100))) for _ in range(2)]
+    first, second = (fusedopt.AdamW([param], lr=1e-2, state_format="8bit") for param in params)
+    step_short(first, range(3), shared)
+    words = first.state[params[0]]["exp_avg_sq_words"]
+    assert (words.shape, words.to_local().shape) == ((22, 2), (11, 2))
+    dcp.save({"p": params[0].detach(), "optimizer": first.state_dict()["state"][0]}, checkpoint_id=folder)
+    step_short(second, range(1), shared)
+    loaded = {"p": params[1].detach(), "optimizer": second.state_dict()["state"][0]}
+    dcp.load(loaded, checkpoint_id=folder)
+    saved = second.state_dict()
+    second.load_state_dict({**saved, "state": {0: loaded["optimizer"]}})
+    for optimizer in (first, second):
+        step_short(optimizer, range(3, 6), shared)
+    assert torch.equal(*(param.to_local() for param in params))
+    plain = first.state_dict(format="torch")["state"][0]
+    assert plain["exp_avg"].full_tensor().shape == (67, 80)
+
+
+def test_short_formats_through_a_distributed_checkpoint(processes, tmp_path):
+    processes.run(short_checkpoint, str(tmp_path))
