@@ -15,9 +15,12 @@ NEWEST_TRITON ?= triton==3.9.0
 PYTHON ?= python3
 # Options for the command itself, as in: make test ARGS="-k adam"
 ARGS ?=
+# Processes that run tests, a file at a time; each takes about 1.5 GB of memory.
+JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The build of fusedopt itself takes the setuptools of .venv, which is pinned; pip would fetch the newest.
 INSTALL := $(PIP) --upgrade setuptools && $(PIP) --no-build-isolation '$(TORCH)' --editable
@@ -49,6 +52,7 @@ help:
 	@echo '  TRITON   for the tests; a CUDA build of torch asks for one version      [$(TRITON)]'
 	@echo '  PYTHON   the interpreter that makes .venv                               [$(PYTHON)]'
 	@echo '  BASE     the revision that bench-compare compares with'
+	@echo '  JOBS     processes that run tests                                       [$(JOBS)]'
 	@echo '  ARGS     options for the command itself'
 	@echo 'Another TORCH, TRITON or PYTHON makes .venv anew; export a variable to have it hold for all commands.'
 
@@ -60,14 +64,14 @@ lecture: $(VENV)/lecture
 	@$(RUN) -m examples.lecture $(or $(ARGS),--output docs/lecture)
 
 test: $(VENV)/test
-	@$(RUN) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-newest-triton: $(VENV)/newest-triton
-	@PYTHONPATH=$(VENV)/newest-triton-packages $(RUN) -m pytest -m triton $(ARGS)
+	@PYTHONPATH=$(VENV)/newest-triton-packages $(PYTEST) -m triton $(ARGS)
 
 # Not in Triton's interpreter, which compiles nothing.
 gpu-proof: $(VENV)/test
-	@TRITON_INTERPRET=0 $(RUN) -m pytest -m compiled --gpu-proof $(ARGS)
+	@TRITON_INTERPRET=0 $(PYTEST) -m compiled --gpu-proof $(ARGS)
 	@TRITON_INTERPRET=0 $(RUN) docs/gpu_proof.py
 
 lint: $(VENV)/lint

@@ -17,7 +17,7 @@ TRITON = [f'triton>={OLDEST_TRITON}; platform_system == "Linux"']
 DEMO = ["matplotlib", "rich", "scikit-learn"]
 LECTURE = [*DEMO, "markdown-it-py"]
 # build, setuptools and wheel: tests make a wheel and a source distribution without a network.
-TEST = ["build", "expecttest", "hypothesis", "pytest>=8", "pytest-benchmark", "setuptools>=77", "wheel"]
+TEST = ["build", "expecttest", "hypothesis", "pytest>=8", "pytest-benchmark", "pytest-xdist", "setuptools>=77", "wheel"]
 # Whose training loops the tests run; without one of them its tests skip.
 FRAMEWORKS = ["accelerate", "lightning", "transformers"]
 DEV = ["mypy", "ruff"]
