@@ -24,7 +24,7 @@ import fusedopt
 from bench.plots import STYLE
 from fusedopt._demo.digits import Digits, ResidualBlock
 
-CONTEXT, BATCH, WIDTH, LAYERS = 64, 16, 96, 2
+CONTEXT, BATCH, WIDTH, LAYERS = 64, 8, 64, 2
 #: What is compared: the dtype of parameters, and the options of AdamW.
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
@@ -85,8 +85,8 @@ def language_model(name: str, seed: int, steps: int) -> tuple[list[float], float
     torch.manual_seed(seed)
     dtype, options = FORMATS[name]
     model = Transformer(words).to(dtype)
-    optimizer = fusedopt.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, **options)
-    schedule = fusedopt.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = fusedopt.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01, **options)
+    schedule = fusedopt.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.1)
     losses = []
 
     def loss_of(pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -123,7 +123,7 @@ def digits(name: str, seed: int, steps: int) -> tuple[list[float], float]:
 
 
 TASKS: dict[str, tuple[Callable[[str, int, int], tuple[list[float], float]], int]] = {
-    "words": (language_model, 400),
+    "words": (language_model, 300),
     "digits": (digits, 300),
 }
 
