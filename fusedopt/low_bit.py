@@ -45,9 +45,14 @@ def check(options: Mapping[str, Any]) -> None:
 
 def check_names(asked: Any, update: Update) -> None:
     """Raise ValueError if ``asked``, a ``state_format``, names states that ``update`` does not have."""
-    unknown = sorted(set(asked) - set(update.rule.states)) if isinstance(asked, Mapping) else []
+    if not isinstance(asked, Mapping):
+        return
+    unknown = sorted(set(asked) - set(update.states))
     if unknown:
-        raise ValueError(f"state_format names the states {unknown}, but the rule has {list(update.rule.states)}: correct the names")
+        raise ValueError(f"state_format names the states {unknown}, but there are {list(update.states)}: correct the names")
+    for name in update.average.states:
+        if asked.get(name) == "8bit":
+            raise ValueError(f"state_format asks for 8 bits for {name!r}, but weights have more digits: ask for 'bf16' or 'fp32'")
 
 
 def formats(update: Update, group: Mapping[str, Any], parameter: Tensor, index: int) -> dict[str, Format]:
@@ -66,6 +71,9 @@ def formats(update: Update, group: Mapping[str, Any], parameter: Tensor, index: 
         if one != "fp32" and ((name in update.rule.precise and not given) or parameter.numel() < SMALLEST):
             one = "fp32"
         found[name] = {"fp32": _FLOAT32, "bf16": BFLOAT16_BY_CHANCE, "8bit": CODES["signed"]}[one]
+    for name in update.average.states:
+        if isinstance(asked, Mapping) and asked.get(name) is not None:
+            found[name] = BFLOAT16_BY_CHANCE if asked[name] == "bf16" and parameter.numel() >= SMALLEST else _FLOAT32
     for name, form in found.items():
         if form is CODES["signed"]:
             found[name] = CODES[_code(update.rule, name, {n for n, f in found.items() if f.words})]
@@ -129,7 +137,7 @@ def complete(
     new: dict[str, Tensor] = {}
     changed = []
     numbers: dict[str, Tensor] = {}
-    for name in update.rule.states:
+    for name in update.states:
         form, before = wanted.get(name), state.get(name)
         if isinstance(before, Tensor) and (
             held.get(name) is form if name in held or form is None or form.words else before.dtype == form.dtype
@@ -137,7 +145,9 @@ def complete(
             continue
         if form is None and name not in held:
             continue  # as before: of whatever dtype it is, or made by the caller
-        if not isinstance(before, Tensor):
+        if name in update.average.states:
+            start = (before if isinstance(before, Tensor) else parameter.detach()).to(torch.float32)
+        elif not isinstance(before, Tensor):
             start = torch.full_like(parameter, initial[name], dtype=torch.float32, requires_grad=False)
         else:
             numbers = numbers or floats(update.rule, parameter, state)

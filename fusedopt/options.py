@@ -24,7 +24,7 @@ class StepOptions(TypedDict, total=False):
         zero_grad_in_step: have each step leave the gradients zero, as ``step(zero_grad=True)`` does (default: False).
         state_format: how states are kept: "fp32"; "bf16", rounded by chance, so that slow averages still move; "8bit", in blocks
             of 256 codes; or a mapping from the names of states to these. Parameters of fewer than 4096 elements keep float32
-            (default: None, the parameter's dtype).
+            (default: None, the parameter's dtype). ``ema`` stays float32 unless a mapping names it.
         master_weights: what more is kept of bfloat16 parameters: "fp32", the whole number; "split16", the 16 bits that make it
             whole, which takes the same steps; "split8", 8 of them (default: None, nothing).
         stochastic_rounding: round bfloat16 parameters up or down by chance, so that small steps add up (default: False).
