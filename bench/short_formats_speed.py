@@ -1,8 +1,8 @@
 """AdamW's step in short formats: milliseconds, bytes and gigabytes a second, against torch fused in float32.
 
-``python -m bench.short_formats_speed --elements 20000000`` prints a table in Markdown. All take turns, step by step, so that
-what else a machine does meets all alike; ratios are medians of the ratios of neighbouring steps. Packages that have 8-bit states
-for CPUs take part where they are installed.
+``python -m bench.short_formats_speed --elements 20000000`` prints a table in Markdown. All take turns, step by step, so that what
+else a machine does meets all alike; ratios are medians of the ratios of neighbouring steps. Packages that have 8-bit states for
+CPUs take part where they are installed.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedopt import paths
+from fusedopt import low_bit, paths
+from fusedopt.kernels import blocks
 from fusedopt.kernels.tables import BY_ADDRESS
 from fusedopt.optimizer import FusedOptimizer
 
@@ -48,7 +50,10 @@ def warmup(optimizer: FusedOptimizer, *, unscale: bool = False) -> None:
 
 
 def _tiny(optimizer: FusedOptimizer) -> FusedOptimizer:
-    """Return a copy of ``optimizer`` with a parameter of one element for each kind of those that kernels update."""
+    """Return a copy of ``optimizer`` with a small parameter for each kind of those that kernels update.
+
+    It has one element, or as many as short formats begin with, where those of its kind have them.
+    """
     groups: list[dict[str, Any]] = []
     states: defaultdict[Tensor, Any] = defaultdict(dict)
     for group in optimizer.param_groups:
@@ -57,21 +62,25 @@ def _tiny(optimizer: FusedOptimizer) -> FusedOptimizer:
             if paths.choose(optimizer, parameter, None, group)[0] in BY_ADDRESS:
                 state = optimizer.state.get(parameter) or {}
                 held = {name: value.dtype for name, value in state.items() if isinstance(value, Tensor)}
-                kind = (parameter.dtype, parameter.device, *held.items())
+                short = parameter.numel() >= low_bit.SMALLEST and group.get("state_format") is not None
+                kind = (parameter.dtype, parameter.device, short, *held.items())
                 if kind not in kinds:
-                    kinds[kind] = stand_in = torch.ones(
-                        (1,) * min(parameter.dim(), 2), dtype=parameter.dtype, device=parameter.device
-                    )
+                    shape = (1,) * min(parameter.dim(), 2)
+                    if short:
+                        shape = (*shape[1:], low_bit.SMALLEST)
+                    kinds[kind] = stand_in = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
                     stand_in.grad = torch.ones_like(stand_in)
                     if state:
-                        states[stand_in] = {name: _of_one_element(value, stand_in.shape) for name, value in state.items()}
+                        states[stand_in] = {name: _small(name, value, shape) for name, value in state.items()}
         groups.append({**group, "params": list(kinds.values())})
     tiny = type(optimizer).__new__(type(optimizer))
     tiny.__setstate__({"defaults": optimizer.defaults, "state": states, "param_groups": groups})
     return tiny
 
 
-def _of_one_element(value: Any, shape: torch.Size) -> Any:
+def _small(name: str, value: Any, shape: tuple[int, ...]) -> Any:
     if not isinstance(value, Tensor):
         return value
+    if name.endswith("_words"):
+        shape = (blocks.blocks(math.prod(shape)), value.shape[1])
     return value.detach().clone() if value.dim() == 0 else torch.zeros(shape, dtype=value.dtype, device=value.device)

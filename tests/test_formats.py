@@ -241,6 +241,21 @@ def test_parameters_that_formats_do_not_serve_are_refused(dtype, options):
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("stepped", [False, True], ids=["new", "with states"])
+def test_warmup_prepares_the_kernels_of_short_formats(stepped, monkeypatch):
+    optimizer = make(dtype=BFLOAT16, state_format="8bit", master_weights="split16")
+    if stepped:
+        train(optimizer, 1)
+    prepared, prepare = [], backends.prepare
+    monkeypatch.setattr(backends, "prepare", lambda backend, kind: (prepared.append(kind), prepare(backend, kind)))
+    fusedopt.warmup(optimizer)
+    ahead = set(prepared)
+    prepared.clear()
+    train(optimizer, 2)
+    assert set(prepared) <= ahead
+    assert any(kind.chance for kind in ahead)
+
+
 # --- masters -----------------------------------------------------------------------------------------------------------------
 
 
