@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 
-from fusedopt import paths
+from fusedopt import low_bit, paths
 from fusedopt.kernels import backends
 from fusedopt.kernels.members import waves
 from fusedopt.kernels.plan import Plan
@@ -48,6 +48,10 @@ class Accumulating(torch.optim.Optimizer):
 
     _accumulated: Accumulated | None = None
     _joining: _Joining | None = None
+
+    if TYPE_CHECKING:
+
+        def _update(self, group: dict[str, Any], decays: bool) -> Update: ...
 
     def _accumulation(self, group: dict[str, Any]) -> Rule:  # noqa: ARG002  # for subclasses
         """Return how the gradients of ``group`` join the moment, or raise RuntimeError with the reason why they cannot."""
@@ -120,6 +124,17 @@ class Accumulating(torch.optim.Optimizer):
         moment = (self.state.get(parameter) or {}).get(MOMENT)
         return moment if isinstance(moment, Tensor) else None
 
+    def _moment_dtype(self, group: dict[str, Any], parameter: Tensor, index: int) -> torch.dtype:
+        """Return the dtype of a moment that is begun; raise RuntimeError if moments are kept in fewer bits than gradients are."""
+        form = low_bit.formats(self._update(group, False), group, parameter, index).get(MOMENT)
+        coded = f"{MOMENT}_words" in (self.state.get(parameter) or {})
+        if coded or (form is not None and (form.chance or form.words)):
+            raise RuntimeError(
+                f"accumulate() would round moments, which state_format={group['state_format']!r} keeps in few bits, in each pass: "
+                "leave gradients to add up in .grad, or keep the moments in float32"
+            )
+        return parameter.dtype if form is None else form.dtype
+
     def _plan_accumulation(
         self, updates: list[Update], gradients: list[Tensor | None], moments: list[Tensor | None], key: object
     ) -> tuple[_Joining, list[int]]:
@@ -138,9 +153,10 @@ class Accumulating(torch.optim.Optimizer):
                 if path == "torch":  # which has no such thing: what was asked for is to go without a kernel
                     name, _ = backends.choose(parameter, gradient)
                     path = "tensor" if name in BY_ADDRESS else name
+                dtype = self._moment_dtype(group, parameter, index)
                 if moment is None:
                     with torch.inference_mode(False):
-                        held[index] = moment = new_state(parameter, 0.0)
+                        held[index] = moment = new_state(parameter, 0.0).to(dtype)
                     begun.append(index)
                 members.append(Member(moment, index, gradient, number, 0.0, (), False, bool(group.get("capturable")), {}, {}))
                 names.append(path)

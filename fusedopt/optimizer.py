@@ -105,6 +105,10 @@ class FusedOptimizer(Accumulating, Averaging):
         """Return the number that the state or scalar ``name`` of a parameter of ``group`` starts from."""
         return 0.0
 
+    def _number_of(self, parameter: Tensor, index: int) -> int:  # noqa: ARG002  # for optimizers of some parameters
+        """Return the number of ``parameter``, at ``index`` in the groups, from which what it is rounded by follows."""
+        return index
+
     def _lacking(self, group: dict[str, Any]) -> str | None:
         """Return which option of ``group`` torch's own implementation does not know, or None."""
         for name in ("max_grad_norm", "skip_nonfinite", "ema_decay", *FORMAT_OPTIONS):

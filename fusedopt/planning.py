@@ -53,7 +53,7 @@ def member_of(
             new |= made
     scalars = tuple(as_number(state[name] if name in state else optimizer._initial(options, name)) for name in update.scalars)
     capturable = bool(options.get("capturable"))
-    key = blocks.key_of(options.get("rounding_seed", 0), index) if chance else 0
+    key = blocks.key_of(options.get("rounding_seed", 0), optimizer._number_of(parameter, index)) if chance else 0
     return Member(
         parameter,
         index,

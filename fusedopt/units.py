@@ -56,6 +56,11 @@ class _Part(FusedOptimizer):
     grad_scale: Tensor | float | None = None
     _norm: Norm | None = None
     _measures = False
+    #: Of the parameters of the whole optimizer.
+    _numbers: dict[Tensor, int] | None = None
+
+    def _number_of(self, parameter: Tensor, index: int) -> int:
+        return index if self._numbers is None else self._numbers[parameter]
 
     @torch.no_grad()
     def _take_step(self) -> None:
@@ -180,7 +185,9 @@ class Unit:
         part, whole = self._part, self._whole
         part.param_groups = self._groups(norm is not None)
         part._norm, part._measures = norm, measures
-        part._warned, part._accumulated = whole._warned, whole._accumulated
+        shared = ("_warned", "_accumulated", "_versions")
+        for name in shared:
+            setattr(part, name, getattr(whole, name))
         part.found_inf = None if loss_scale is None else loss_scale.found_inf
         part.grad_scale = None if loss_scale is None else loss_scale.grad_scale
         self._share_state()
@@ -194,13 +201,15 @@ class Unit:
         finally:
             for parameter, gradient in unfinished.items():
                 parameter.grad = gradient
-            whole._warned, whole._accumulated = part._warned, part._accumulated
+            for name in shared:
+                setattr(whole, name, getattr(part, name))
             whole.state.update(part.state)
 
     def _groups(self, measured: bool) -> list[dict[str, Any]]:
         groups = self._whole.param_groups
         if not self._members:
             group_of = {parameter: number for number, group in enumerate(groups) for parameter in group["params"]}
+            self._part._numbers = {parameter: number for number, parameter in enumerate(group_of)}
             self._members = [[] for _ in groups]
             for parameter in self.parameters:
                 self._members[group_of[parameter]].append(parameter)

@@ -299,6 +299,31 @@ def test_refused(kind, options, message):
         assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in state)
 
 
+@pytest.mark.parametrize("state_format", ["bf16", "8bit"])
+def test_moments_in_few_bits_are_refused(state_format):
+    params = make_parameters([5000], torch.bfloat16)
+    optimizer = fusedopt.SGD(params, lr=0.1, momentum=0.9, state_format=state_format)
+    for _ in range(2):  # before there is a moment, and after
+        give(params, draw(params))
+        with pytest.raises(RuntimeError, match=f"state_format='{state_format}'"):
+            optimizer.accumulate()
+        optimizer.step()
+
+
+def test_moments_of_their_own_format():
+    params = make_parameters([5000], torch.bfloat16)
+    copied = copies(params)
+    optimizers = [fusedopt.SGD(own, lr=0.1, momentum=0.9, state_format="fp32") for own in (params, copied)]
+    passes = [draw(params) for _ in range(2)]
+    step_by_joining(optimizers[0], params, passes)
+    assert optimizers[0].state[params[0]]["momentum_buffer"].dtype == torch.float32
+    # Gradients that are added in float32: joining rounds none of their sums to bfloat16.
+    copied[0].grad_dtype = torch.float32
+    copied[0].grad = passes[0][0].float() + passes[1][0].float()
+    optimizers[1].step()
+    torch.testing.assert_close(*(o.state[own[0]]["momentum_buffer"] for o, own in zip(optimizers, (params, copied), strict=True)))
+
+
 def test_sparse_gradients_are_refused():
     embedding = torch.nn.Embedding(5, 3, sparse=True)
     optimizer = fusedopt.SGD(embedding.parameters(), momentum=0.9)

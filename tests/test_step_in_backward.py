@@ -159,6 +159,44 @@ def test_groups_schedulers_and_averages(case):
     assert all(p.grad is None for p in model.parameters())
 
 
+FORMATS = {
+    "8 bits": {"state_format": "8bit"},
+    "bf16, rounded by chance": {"state_format": "bf16", "stochastic_rounding": True, "rounding_seed": 7},
+    "masters": {"master_weights": "split16"},
+    "float32 masters": {"master_weights": "fp32", "ema_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+def test_formats(options):
+    """What is rounded by chance is rounded alike; masters that are loaded beside other weights stay."""
+    model, right = (make_deep(layers=4, width=72).bfloat16() for _ in range(2))
+    optimizers = [fusedopt.AdamW(each.parameters(), lr=0.01, **options) for each in (model, right)]
+    fusedopt.step_in_backward(model, optimizers[0], unit_bytes=12_000)
+    x = torch.randn(4, 72).bfloat16()
+
+    def step_both(count):
+        for each, optimizer in zip((model, right), optimizers, strict=True):
+            for _ in range(count):
+                each(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_same_bits(model, right)
+        assert_same_state(*optimizers)
+
+    step_both(3)
+    weights, states = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizers[0].state_dict())
+    step_both(2)
+    for each, optimizer in zip((model, right), optimizers, strict=True):
+        each.load_state_dict(weights)
+        optimizer.load_state_dict(states)
+    step_both(2)
+    with torch.no_grad():
+        for each in (model, right):
+            each[1].weight.mul_(2.0)  # somebody else writes: masters begin anew
+    step_both(2)
+
+
 def test_a_group_that_joins_later():
     model, right = twins()
     optimizers = [fusedopt.AdamW(each[:3].parameters(), lr=0.01) for each in (model, right)]
@@ -395,16 +433,17 @@ def test_peak_memory_on_a_gpu():
 @pytest.mark.parametrize(("unit_bytes", "most"), [(0, 32), (30_000, 10), (1 << 20, 1)])
 def test_launches_are_as_many_as_units(monkeypatch, unit_bytes, most):
     model = make_deep()
-    optimizer = fusedopt.AdamW(model.parameters())
+    optimizer = fusedopt.AdamW(model.parameters(), zero_grad_in_step=True)
     handle = fusedopt.step_in_backward(model, optimizer, unit_bytes=unit_bytes)
     launches = []
     run = backends.run
-    monkeypatch.setattr(backends, "run", lambda bucket, launch: (launches.append(bucket), run(bucket, launch)))
+    monkeypatch.setattr(backends, "run", lambda bucket, launch: (launches.append(launch), run(bucket, launch)))
     for _ in range(3):
         launches.clear()
         model(torch.randn(4, 64)).sum().backward()
         optimizer.step()
         assert len(launches) == len(handle.units) <= most
+        assert not any(launch.kind.zero_grad for launch in launches), "zeros are stored to what is freed"
     assert sum(map(len, handle.units)) == 32
 
 
@@ -628,13 +667,16 @@ def test_gradient_scaler_in_two_passes(case, options):
     handle = fusedopt.step_in_backward(model, optimizers[0], unit_bytes=0, scaler=scalers[0])
     scales = []
     for number, batch in enumerate(make_batches(6)):
-        factor = torch.inf if number == 2 else 1.0
-        loss = scalers[0].scale(loss_of(model, batch) * factor)
+        # Infinite is the gradient of one weight alone.
+        spoiled = [each[2].weight.register_hook(lambda g: g * torch.inf) for each in (model, right) if number == 2]
+        loss = scalers[0].scale(loss_of(model, batch))
         with handle.measuring():
             loss.backward(retain_graph=True)
         loss.backward()
         optimizers[1].zero_grad()
-        scalers[1].scale(loss_of(right, batch) * factor).backward()
+        scalers[1].scale(loss_of(right, batch)).backward()
+        for hook in spoiled:
+            hook.remove()
         for scaler, optimizer in zip(scalers, optimizers, strict=True):
             scaler.step(optimizer)
             scaler.update()
