@@ -20,7 +20,8 @@ from fusedopt.reduction import Reduction
 from fusedopt.settings import Settings
 from fusedopt.units import Norm, Unit
 
-#: Bytes of gradients that step together.
+#: Bytes of gradients that step together. Beside one whole step (AdamW, 200 x 50,000 elements, one thread of an EPYC, median of 60
+#: interleaved rounds on a shared machine) units of 1 MiB took 1.52, 2 MiB 1.27, 4 MiB 1.13, 8 MiB 1.08, 16 MiB 1.08 times as long.
 UNIT_BYTES = 8 << 20
 
 
@@ -40,7 +41,7 @@ def step_in_backward(
         scaler: the gradient scaler that scales the loss; it asks for two passes (default: None).
 
     Returns:
-        A handle: how to accumulate gradients, to clip them, and to remove all this.
+        A handle, which tells what passes of backward are for, and removes all this.
 
     Raises:
         TypeError: if ``optimizer`` is not one of fusedopt's.

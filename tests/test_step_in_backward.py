@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusedopt
-from cases import SGD, Case, each_case
+from cases import SGD, Case, device_of, each_case
 from fusedopt.kernels import backends
 from training import make_batches, make_model
 
@@ -845,3 +845,33 @@ def test_a_second_handle_is_refused():
         fusedopt.step_in_backward(model, optimizer)
     handle.remove()
     fusedopt.step_in_backward(model, optimizer)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("unit_bytes", [0, 1 << 20])
+@each_plain
+def test_kernels_for_gpus(case, unit_bytes):
+    """In Triton's interpreter, or on a GPU: plain steps to the bit, and clipped ones, whose coefficients the device computes."""
+    device = device_of("triton")
+    for options in ({}, {"max_grad_norm": 0.05, "skip_nonfinite": True}):
+        model, right = (each.to(device) for each in twins())
+        optimizers = [case.make_ours(each.parameters(), **options) for each in (model, right)]
+        handle = fusedopt.step_in_backward(model, optimizers[0], unit_bytes=unit_bytes)
+        with backends.use("triton"):
+            for batch in make_batches(3, dtype=FLOAT32):
+                x, y = (part.to(device) for part in batch)
+                loss = loss_of(model, (x, y))
+                if options:
+                    with handle.measuring():
+                        loss.backward(retain_graph=True)
+                loss.backward()
+                optimizers[0].step()
+                optimizers[1].zero_grad()
+                loss_of(right, (x, y)).backward()
+                optimizers[1].step()
+        if options:  # the norm's last bits, in float64, are rounded away in float32 coefficients, or nearly so
+            for p, q in zip(model.parameters(), right.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        else:
+            assert_same_bits(model, right)
+            assert_same_state(*optimizers)
