@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 import amp_paths
 import test_gpu_executed as executed
+import test_gpu_step_options as options
 from cases import named
 from fusedopt.kernels import backends, gpu, gpu_kernels, part, source, tables
 from fusedopt.kernels.formats import FORMATS
@@ -23,7 +24,7 @@ from fusedopt.kernels.ptx import execute, offline, steps, table
 from fusedopt.kernels.ptx.execute import PtxError
 from fusedopt.kernels.rule import Update
 from fusedopt.kernels.rules import adam, decoupled_decay
-from fusedopt.kernels.tables import Kind
+from fusedopt.kernels.tables import CHUNK, Kind
 from single_step import outputs
 from test_backends import assert_equal_bits, draw, unaligned
 
@@ -135,6 +136,17 @@ def special_numbers():
     executed.check(named("adam-amsgrad"), [torch.randn(18)], [[special], [special.roll(1)]])
 
 
+def clipping(values=None):
+    start, gradients = draw([5, CHUNK + 9], torch.float32), values or [draw([5, CHUNK + 9], torch.float32) for _ in range(2)]
+    options.check(named("adamw"), start, gradients, **options.OPTIONS["all"])
+
+
+def not_finite():
+    gradients = [draw([5, CHUNK + 9], torch.float32) for _ in range(2)]
+    gradients[1][0][3] = torch.inf
+    clipping(gradients)
+
+
 def costs():
     for dtypes in ((torch.float32,) * 4, (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)):
         kind = Kind(Update(adam, decoupled_decay), tuple(FORMATS[dtype] for dtype in dtypes))
@@ -164,7 +176,12 @@ class Mutation:
 KERNEL = [
     Mutation("mask one element too long", "offsets < remaining", "offsets <= remaining", ragged_ends),
     Mutation("mask one element too short", "offsets < remaining", "offsets < remaining - 1", ragged_ends),
-    Mutation("ragged blocks unmasked", "row, remaining.to(tl.int32), True, BLOCK", "row, 0, False, BLOCK", ragged_ends),
+    Mutation(
+        "ragged blocks unmasked",
+        "row, remaining.to(tl.int32), tl.minimum(present, BLOCK).to(tl.int32), True, BLOCK",
+        "row, 0, 0, False, BLOCK",
+        ragged_ends,
+    ),
     Mutation("last element of a full block ragged", "remaining >= BLOCK", "remaining >= BLOCK - 1", ragged_ends),
     Mutation("blocks that overlap", ".to(tl.int64) * BLOCK\n", ".to(tl.int64) * (BLOCK - 4)\n", whole_blocks),
     Mutation("offsets of 32 bits", "+ 1).to(tl.int64) * BLOCK", "+ 1) * BLOCK", beyond_32_bits),
@@ -209,12 +226,15 @@ KERNEL = [
     ),
     Mutation("step not counted", "+ 1.0\n", "+ 0.0\n", counting_on_the_device),
     Mutation("literal rounded to float32", "number(0.96)", "tl.full((), 0.96, tl.float32)", counting_on_the_device),
+    Mutation("coefficients of the wrong group", "hyperparameters + group *", "hyperparameters + 1 *", counting_on_the_device),
+    Mutation("clipping left out", "c_sign = c_sign * tl.load(factors + group)", "c_sign = c_sign * 1.0", clipping),
     Mutation(
-        "coefficients of the wrong group",
-        "tl.load(group_of_tensor + tensor, mask=exists, other=0) *",
-        "1 *",
-        counting_on_the_device,
+        "infinities left where a step is left out",
+        "g_at.dtype.element_ty), mask=exists",
+        "g_at.dtype.element_ty), mask=mask",
+        not_finite,
     ),
+    Mutation("average of the old parameter", "_weight_average(new_p", "_weight_average(p", clipping),
     Mutation("tensors that do not exist", "exists = tensor < tensors", "exists = tensor <= tensors", counting_on_the_device),
     Mutation("new scalars not stored", "tl.store(scalars + 1 * tensors", "tl.store(scalars + 0 * tensors", counting_on_the_device),
     Mutation(
@@ -347,6 +367,21 @@ def one_chunk_twice(monkeypatch):
     with_chunks(monkeypatch, lambda table: table.repeat(2, axis=0))
 
 
+def one_piece_missing(monkeypatch):
+    pieces = gpu._Tables.pieces
+    monkeypatch.setattr(gpu._Tables, "pieces", lambda self, bucket, launch: pieces(self, bucket, launch)[:-1])
+
+
+def norm_counted_twice(monkeypatch):
+    add = gpu.add_sums_of_squares
+
+    def twice(*arguments):
+        add(*arguments)
+        add(*arguments)
+
+    monkeypatch.setattr(gpu, "add_sums_of_squares", twice)
+
+
 def coefficients_of_the_step_before(monkeypatch):
     rows, kept = part.coefficient_rows, []
 
@@ -370,6 +405,8 @@ HOST = [
     (chunks_of_a_tensor_that_rests, missing_gradients),
     (one_chunk_missing, whole_blocks),
     (one_chunk_twice, whole_blocks),
+    (one_piece_missing, clipping),
+    (norm_counted_twice, clipping),
     (coefficients_of_the_step_before, moving_gradients),
     (contraction, whole_blocks),
 ]
