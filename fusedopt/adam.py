@@ -56,7 +56,7 @@ class Adam(_AdamKernels, torch.optim.Adam):
         RuntimeError: if options exclude each other.
 
     Differences from torch:
-        - None in the arguments.
+        - None in the arguments but ``**options``, which torch lacks.
         - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
         - States keep their dtype through a checkpoint; torch casts them to the parameter's.
 
@@ -130,7 +130,7 @@ class AdamW(_AdamKernels, torch.optim.AdamW):
         RuntimeError: if options exclude each other.
 
     Differences from torch:
-        - None in the arguments.
+        - None in the arguments but ``**options``, which torch lacks.
         - bfloat16 and float16 are computed in float32, and each result is rounded once; torch's loops round each operation.
         - States keep their dtype through a checkpoint; torch casts them to the parameter's.
 
