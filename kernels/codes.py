@@ -77,9 +77,10 @@ def size_bits(x):
 
 def grid(lowest, highest):
     """Return the first pattern and the distance of a block's codes, from its smallest non-zero and its largest pattern."""
-    # One of infinity or NaN has all codes in their usual places, but they mean NaN.
+    # One of infinity or NaN has all codes in their usual places, but they mean NaN; one of zeros has them about 1.
     highest = where(highest > 0x7F800000, word(highest * 0 + 0x7F800000), highest)
-    lowest = where(lowest > highest, highest, lowest)
+    highest = where(highest == 0, word(highest * 0 + 0x3F800000), highest)
+    lowest = where((lowest > highest) | (lowest == 0), highest, lowest)
     return lowest, word(word(highest - lowest) // 254 + 1)
 
 
