@@ -6,19 +6,16 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-import numpy
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from fusedopt.kernels import layout
 from fusedopt.kernels.tables import LossScale
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.prepared import same_objects
 from fusedopt.reduction import Reduction
 from fusedopt.settings import Settings
-from fusedopt.units import Norm, Unit
+from fusedopt.units import Norm, Unit, check_apart
 
 #: Bytes of gradients that step together. Beside one whole step (AdamW, 200 x 50,000 elements, one thread of an EPYC, median of 60
 #: interleaved rounds on a shared machine) units of 1 MiB took 1.52, 2 MiB 1.27, 4 MiB 1.13, 8 MiB 1.08, 16 MiB 1.08 times as long.
@@ -70,7 +67,8 @@ class StepInBackward:
     def __init__(
         self, model: torch.nn.Module, optimizer: FusedOptimizer, unit_bytes: int, scaler: torch.amp.GradScaler | None
     ) -> None:
-        self._optimizer, self._unit_bytes, self._scaler = optimizer, unit_bytes, scaler
+        self._optimizer, self._unit_bytes = optimizer, unit_bytes
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._parameters: list[Tensor] = []
         self._unit_of: dict[Tensor, Unit] = {}
@@ -139,6 +137,11 @@ class StepInBackward:
         Both passes must find the same gradients: by ``backward(retain_graph=True)`` in the block, or by another forward that
         draws the same random numbers.
         """
+        if self._step_of_its_own:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} has a step of its own, which measures no norm: clip, and scale losses, without "
+                "stepping inside backward"
+            )
         if any(parameter.grad is not None for group in self._optimizer.param_groups for parameter in group["params"]):
             raise RuntimeError(
                 "a pass measures gradients and frees them, but some have been accumulated, which it would lose: accumulate all "
@@ -217,6 +220,10 @@ class StepInBackward:
     def _steps(self) -> bool:
         return self._action == self._step
 
+    @property
+    def _step_of_its_own(self) -> bool:
+        return type(self._optimizer)._step is not FusedOptimizer._step
+
     def _begin(self) -> None:
         if self._optimizer._swapped:
             raise RuntimeError("the parameters hold their averages: run backward after the block of swap_ema()")
@@ -276,8 +283,8 @@ class StepInBackward:
         unit.measure(self._norm, self._loss_scale())
 
     def _loss_scale(self) -> LossScale | None:
-        enabled = self._scaler is not None and self._scaler.is_enabled() and self._norm is not None
-        return LossScale(None, self._scaler.get_scale()) if enabled and self._scaler is not None else None
+        measured = self._scaler is not None and self._norm is not None
+        return LossScale(None, self._scaler.get_scale()) if measured and self._scaler is not None else None
 
     # --- between passes ---------------------------------------------------------------------------------------------------
 
@@ -298,7 +305,7 @@ class StepInBackward:
             optimizer = self._optimizer
             self._reduction.finish()
             asked = optimizer._loss_scale()
-            if asked is not None and self._seen and self._norm is None:
+            if asked is not None and self._seen and self._scaler is None:
                 raise RuntimeError(
                     "a gradient scaler takes this step, but backward has updated parameters by gradients that were scaled: give "
                     "it to step_in_backward(..., scaler=scaler), and run backward twice, first within measuring()"
@@ -341,6 +348,8 @@ class StepInBackward:
 
     def _clips(self) -> bool:
         optimizer = self._optimizer
+        if self._step_of_its_own:
+            return False
         if optimizer._settings is None or not optimizer._settings.hold(optimizer.param_groups):
             optimizer._settings = Settings(optimizer)
         return optimizer._settings.clipping is not None
@@ -352,7 +361,7 @@ class StepInBackward:
         if not same_objects(parameters, self._parameters):
             if any(group.get("differentiable") for group in groups):
                 raise ValueError("differentiable=True asks for a step that autograd can pass through, and none can inside backward")
-            _check_apart(parameters)
+            check_apart(parameters)
             self._parameters = parameters
             for parameter in set(self._hooks) - set(parameters):
                 self._hooks.pop(parameter).remove()
@@ -371,15 +380,3 @@ class StepInBackward:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-
-
-def _check_apart(parameters: list[Tensor]) -> None:
-    """Raise ValueError if parameters share memory, which must step in the order of the groups."""
-    held = [layout.local(parameter) for parameter in parameters if not is_lazy(parameter)]
-    extents = numpy.array([layout.extent(each) for each in held], numpy.int64).reshape(-1, 2)
-    starts, ends = extents[numpy.lexsort((extents[:, 1], extents[:, 0]))].T
-    if (starts[1:] < numpy.maximum.accumulate(ends)[:-1]).any() or len(set(parameters)) < len(parameters):
-        raise ValueError(
-            "parameters share memory, or one is listed twice: they would step in the order of their gradients, and not in that of "
-            "the groups; leave the doubles out"
-        )

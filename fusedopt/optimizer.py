@@ -156,7 +156,7 @@ class FusedOptimizer(Accumulating, Averaging):
             if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
                 self._step_uncompiled(zero_grad)
             else:  # without the wrapper, which costs as much as a small kernel
-                self._step(zero_grad)
+                self._step_or_close(zero_grad)
             self._accumulated = None
         except BaseException:
             # A gradient scaler takes these back after a good step alone; the next step may be none of its.
@@ -226,12 +226,15 @@ class FusedOptimizer(Accumulating, Averaging):
 
     @_disable_dynamo
     def _step_uncompiled(self, zero_grad: bool) -> None:
-        self._step(zero_grad)
+        self._step_or_close(zero_grad)
+
+    def _step_or_close(self, zero_grad: bool) -> None:
+        if self._in_backward is None:
+            self._step(zero_grad)
+        else:
+            self._in_backward.close()
 
     def _step(self, zero_grad: bool = False) -> None:
-        if self._in_backward is not None:
-            self._in_backward.close()
-            return
         loss_scale = self._loss_scale()
         groups = self.param_groups
         parameters: list[Tensor] = [p for group in groups for p in group["params"]]

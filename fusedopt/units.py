@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.nn.parameter import is_lazy
 
 from fusedopt.kernels import layout
 from fusedopt.kernels.norms import Clip, Clipping, clip
@@ -237,3 +239,15 @@ class Unit:
                 own[parameter] = state
             else:
                 own.pop(parameter, None)
+
+
+def check_apart(parameters: list[Tensor]) -> None:
+    """Raise ValueError if parameters share memory, which must step in the order of the groups."""
+    held = [layout.local(parameter) for parameter in parameters if not is_lazy(parameter)]
+    extents = numpy.array([layout.extent(each) for each in held], numpy.int64).reshape(-1, 2)
+    starts, ends = extents[numpy.lexsort((extents[:, 1], extents[:, 0]))].T
+    if (starts[1:] < numpy.maximum.accumulate(ends)[:-1]).any() or len(set(parameters)) < len(parameters):
+        raise ValueError(
+            "parameters share memory, or one is listed twice: they would step in the order of their gradients, and not in that of "
+            "the groups; leave the doubles out"
+        )

@@ -73,6 +73,41 @@ PLAIN = [Case("adamw", fusedopt.AdamW, torch.optim.AdamW, {"lr": 0.01}), Case("s
 each_plain = pytest.mark.parametrize("case", PLAIN, ids=str)
 
 
+@pytest.mark.parametrize("unit_bytes", UNIT_BYTES.values(), ids=UNIT_BYTES)
+@pytest.mark.parametrize("recompute", ["whole", "reentrant"])
+def test_activations_that_are_computed_anew(recompute, unit_bytes):
+    from torch.utils.checkpoint import checkpoint
+
+    model, right = twins()
+    optimizers = [fusedopt.AdamW(each.parameters(), lr=0.01) for each in (model, right)]
+    fusedopt.step_in_backward(model, optimizers[0], unit_bytes=unit_bytes)
+    for each, optimizer in zip((model, right), optimizers, strict=True):
+        for x, y in make_batches(3, dtype=FLOAT32):
+            hidden = x.requires_grad_()
+            for layers in (each[:2], each[2:]):
+                hidden = checkpoint(layers, hidden, use_reentrant=recompute == "reentrant")
+            torch.nn.functional.mse_loss(hidden, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_bits(model, right)
+    assert_same_state(*optimizers)
+
+
+@pytest.mark.parametrize("unit_bytes", UNIT_BYTES.values(), ids=UNIT_BYTES)
+def test_adafactor(unit_bytes):
+    """A step of its own, with sums over whole tensors."""
+    model, right = twins()
+    optimizers = [fusedopt.Adafactor(each.parameters(), lr=0.01) for each in (model, right)]
+    handle = fusedopt.step_in_backward(model, optimizers[0], unit_bytes=unit_bytes)
+    for each, optimizer in zip((model, right), optimizers, strict=True):
+        train(each, optimizer, make_batches(4, dtype=FLOAT32))
+    assert_same_bits(model, right)
+    assert_same_state(*optimizers)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="measures no norm"), handle.measuring():
+        pass
+
+
 class Tied(torch.nn.Module):
     """Two layers that share a weight, one that is frozen, and one that takes part in no pass."""
 
@@ -698,11 +733,27 @@ def test_gradient_scaler_in_one_pass_is_refused():
     assert_same_bits(model, before)
 
 
-def test_gradient_scaler_that_nobody_spoke_of_is_refused():
+def test_gradient_scaler_that_is_off():
+    model, right = twins()
+    optimizers, scaler = [fusedopt.AdamW(each.parameters()) for each in (model, right)], make_scaler(enabled=False)
+    fusedopt.step_in_backward(model, optimizers[0], scaler=scaler)
+    for each, optimizer in zip((model, right), optimizers, strict=True):
+        scaler.scale(loss_of(each, make_batches(1, dtype=FLOAT32)[0])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert_same_bits(model, right)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
+def test_gradient_scaler_that_nobody_spoke_of_is_refused(options):
     model, scaler = make_model(FLOAT32), make_scaler()
-    optimizer = fusedopt.AdamW(model.parameters())
-    fusedopt.step_in_backward(model, optimizer, unit_bytes=0)
-    scaler.scale(loss_of(model, make_batches(1, dtype=FLOAT32)[0])).backward()
+    optimizer = fusedopt.AdamW(model.parameters(), **options)
+    handle = fusedopt.step_in_backward(model, optimizer, unit_bytes=0)
+    loss = scaler.scale(loss_of(model, make_batches(1, dtype=FLOAT32)[0]))
+    if options:
+        with handle.measuring():
+            loss.backward(retain_graph=True)
+    loss.backward()
     with pytest.raises(RuntimeError, match="scaler=scaler"):
         scaler.step(optimizer)
 

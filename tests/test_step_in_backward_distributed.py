@@ -137,6 +137,32 @@ def test_ddp_clipped_in_two_passes(processes, ddp_options):  # noqa: F811
     processes.run(ddp_clipped, "AdamW", ddp_options)
 
 
+def ddp_into_momentum(rank, ddp_options):
+    """What has joined the moments is what ranks have reduced."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    models = [DistributedDataParallel(make_model(), **ddp_options) for _ in range(2)]
+    optimizers = [fusedopt.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
+    handle = fusedopt.step_in_backward(models[0], optimizers[0], unit_bytes=100)
+    for number, batch in enumerate(halves(rank, 6)):
+        last = number % 3 == 2
+        with handle.accumulating(not last, into_momentum=True):
+            loss_of(models[0], batch).backward()
+        assert last or all(p.grad is None for p in models[0].parameters())
+        loss_of(models[1], batch).backward()
+        if last:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_close(*models)
+    assert_joined(models[0])
+
+
+@each_ddp
+def test_ddp_with_gradients_that_join_the_moment(processes, ddp_options):  # noqa: F811
+    processes.run(ddp_into_momentum, ddp_options)
+
+
 def ddp_removed(rank, name, ddp_options):
     models, optimizers, handle = parallel_twins(name, ddp_options)
     for number, batch in enumerate(halves(rank, 6)):
