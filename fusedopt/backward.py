@@ -71,19 +71,21 @@ class StepInBackward:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._parameters: list[Tensor] = []
-        self._unit_of: dict[Tensor, Unit] = {}
+        # By id(), as a tensor's own hash is a call of Python.
+        self._unit_of: dict[int, Unit] = {}
         #: By device, the unit that parameters join which have none.
         self._open: dict[torch.device, Unit] = {}
         #: Units with gradients that are ready, in the order of the first of them.
         self._waiting: dict[Unit, None] = {}
         #: Whose gradients have been ready in this pass.
-        self._seen: set[Tensor] = set()
+        self._seen: dict[int, Tensor] = {}
         self._norm: Norm | None = None
-        self._measured: set[Tensor] = set()
+        self._measured: dict[int, Tensor] = {}
         #: Keeps its gradient until the step is closed, for a gradient scaler to look at.
         self._witness: Tensor | None = None
         #: What is done with a unit; None where backward leaves gradients alone.
-        self._action: Callable[[Unit], None] | None = self._step
+        self._default: Callable[[Unit], None] = self._step
+        self._action: Callable[[Unit], None] | None = self._default
         # Devices run backward in threads of their own.
         self._lock = threading.RLock()
         trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -158,8 +160,8 @@ class StepInBackward:
                 self._norm = None
                 raise
             self._measured = self._seen
-            if self._scaler is not None and self._measured and self._witness not in self._measured:
-                self._set_apart(min(self._measured, key=Tensor.numel))
+            if self._scaler is not None and self._measured and id(self._witness) not in self._measured:
+                self._set_apart(min(self._measured.values(), key=Tensor.numel))
 
     def discard(self) -> None:
         """Drop the gradients that are left, and close the step without taking it; for after an error inside backward.
@@ -196,16 +198,17 @@ class StepInBackward:
                 return
             if not self._seen:
                 self._begin()
-            if parameter in self._seen and self._action is not Unit.accumulate:
+            key, steps = id(parameter), self._steps
+            if key in self._seen and self._action is not Unit.accumulate:
                 raise RuntimeError(
                     "a parameter has a second gradient in this step, but the first one has been used: call optimizer.step() after "
                     "each backward, or run all but the last of a step within accumulating(); weights that reentrant checkpoints "
                     "share need use_reentrant=False"
                 )
-            if self._steps and self._norm is not None and parameter not in self._measured:
+            if steps and self._norm is not None and key not in self._measured:
                 raise RuntimeError("a parameter has a gradient that it had not when the norm was measured: both passes must agree")
-            self._seen.add(parameter)
-            if self._steps and parameter is self._witness and self._norm is not None:
+            self._seen[key] = parameter
+            if steps and parameter is self._witness and self._norm is not None:
                 if not self._norm.finite and parameter.grad is not None:
                     parameter.grad.fill_(torch.inf)  # what the scaler looks for
                 return
@@ -218,7 +221,7 @@ class StepInBackward:
 
     @property
     def _steps(self) -> bool:
-        return self._action == self._step
+        return self._action is self._default
 
     @property
     def _step_of_its_own(self) -> bool:
@@ -242,13 +245,13 @@ class StepInBackward:
 
     def _wait(self, parameter: Tensor) -> Unit:
         """Put ``parameter`` among those that are ready in its unit."""
-        unit = self._unit_of.get(parameter)
+        unit = self._unit_of.get(id(parameter))
         if unit is None:
             unit = self._open.get(parameter.device)
             if unit is None:
                 unit = self._open[parameter.device] = Unit(self._optimizer)
             unit.add(parameter)
-            self._unit_of[parameter] = unit
+            self._unit_of[id(parameter)] = unit
             if unit.bytes >= self._unit_bytes:
                 del self._open[parameter.device]
                 unit.open = False
@@ -297,7 +300,7 @@ class StepInBackward:
         try:
             yield
         finally:
-            self._action, self._seen = before, set()
+            self._action, self._seen = before, {}
 
     def close(self) -> None:
         """Step what has a gradient left, and begin another step: what ``optimizer.step()`` does."""
@@ -312,10 +315,10 @@ class StepInBackward:
                 )
             self._follow()
             for parameter in optimizer._accumulated.parameters if optimizer._accumulated is not None else ():
-                if parameter not in self._seen and parameter.grad is None:
+                if id(parameter) not in self._seen and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)  # all of its gradients have joined the moment
             for parameter in self._parameters:
-                if parameter.grad is not None and (parameter not in self._seen or parameter is self._witness):
+                if parameter.grad is not None and (id(parameter) not in self._seen or parameter is self._witness):
                     self._wait(parameter)
             if self._norm is None and self._clips():  # nothing has been updated yet
                 self._norm = Norm()
@@ -339,7 +342,7 @@ class StepInBackward:
 
     def _reset(self) -> None:
         self._close_units()
-        self._seen, self._norm, self._measured = set(), None, set()
+        self._seen, self._norm, self._measured = {}, None, {}
 
     def _drop(self) -> None:
         for unit in self._waiting:
@@ -372,7 +375,7 @@ class StepInBackward:
                 self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._ready)
 
     def _set_apart(self, witness: Tensor) -> None:
-        unit = self._unit_of.pop(witness)
+        unit = self._unit_of.pop(id(witness))
         unit.leave(witness)
         self._witness = witness
 

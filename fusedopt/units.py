@@ -94,7 +94,7 @@ def _part_class(kind: type[FusedOptimizer]) -> type[_Part]:
     return _part_classes[kind]
 
 
-def size_of(parameter: Tensor) -> int:
+def _size_of(parameter: Tensor) -> int:
     """Return the bytes of a gradient of ``parameter`` on this rank."""
     own = layout.local(parameter)
     return own.numel() * own.element_size()
@@ -119,8 +119,10 @@ class Unit:
         self._part.state = defaultdict(dict)
         self.parameters: list[Tensor] = []
         #: Those whose gradients wait for this unit's step.
-        self.ready: dict[Tensor, None] = {}
+        self._ready: dict[int, Tensor] = {}
         self.ready_bytes = 0
+        #: Of gradients, by id() of the parameter.
+        self._sizes: dict[int, int] = {}
         self.bytes = 0
         #: Whether parameters may still join.
         self.open = True
@@ -131,20 +133,22 @@ class Unit:
     def add(self, parameter: Tensor) -> None:
         """Have ``parameter`` step with this unit from now on."""
         self.parameters.append(parameter)
-        self.bytes += size_of(parameter)
+        self._sizes[id(parameter)] = _size_of(parameter)
+        self.bytes += self._sizes[id(parameter)]
         self._members = []
 
     def leave(self, parameter: Tensor) -> None:
         """Have ``parameter`` step without this unit from now on."""
         self.parameters = [each for each in self.parameters if each is not parameter]
-        self.bytes -= size_of(parameter)
+        self.bytes -= self._sizes.pop(id(parameter))
         self._members = []
 
     def wait(self, parameter: Tensor) -> None:
         """Have the gradient of ``parameter`` wait for this unit's step."""
-        if parameter not in self.ready:
-            self.ready[parameter] = None
-            self.ready_bytes += size_of(parameter)
+        key = id(parameter)
+        if key not in self._ready:
+            self._ready[key] = parameter
+            self.ready_bytes += self._sizes[key]
             if parameter.is_cuda:
                 self._streams.add(torch.cuda.current_stream(parameter.device))
 
@@ -155,7 +159,7 @@ class Unit:
     @property
     def complete(self) -> bool:
         """Whether all gradients are there."""
-        return not self.open and len(self.ready) == len(self.parameters)
+        return not self.open and len(self._ready) == len(self.parameters)
 
     def measure(self, norm: Norm, loss_scale: LossScale | None) -> None:
         """Add the gradients that are ready to ``norm``."""
@@ -176,9 +180,9 @@ class Unit:
 
     def free(self) -> None:
         """Drop the gradients that are ready."""
-        for parameter in self.ready:
+        for parameter in self._ready.values():
             parameter.grad = None
-        self.ready.clear()
+        self._ready.clear()
         self.ready_bytes = 0
 
     def _run(
@@ -195,13 +199,15 @@ class Unit:
         self._share_state()
         self._join_streams()
         # Of an earlier pass; more is to come in this one.
-        unfinished = {p: p.grad for p in self.parameters if p not in self.ready} if len(self.ready) < len(self.parameters) else {}
-        for parameter in unfinished:
+        unfinished = []
+        if len(self._ready) < len(self.parameters):
+            unfinished = [(p, p.grad) for p in self.parameters if id(p) not in self._ready]
+        for parameter, _ in unfinished:
             parameter.grad = None
         try:
             act()
         finally:
-            for parameter, gradient in unfinished.items():
+            for parameter, gradient in unfinished:
                 parameter.grad = gradient
             for name in shared:
                 setattr(whole, name, getattr(part, name))
@@ -225,7 +231,7 @@ class Unit:
             current = torch.cuda.current_stream(self.parameters[0].device)
             for stream in self._streams - {current}:
                 current.wait_stream(stream)
-                for parameter in self.ready:
+                for parameter in self._ready.values():
                     if parameter.grad is not None:
                         layout.local(parameter.grad).record_stream(current)
             self._streams.clear()

@@ -199,6 +199,7 @@ FORMATS = {
     "bf16, rounded by chance": {"state_format": "bf16", "stochastic_rounding": True, "rounding_seed": 7},
     "masters": {"master_weights": "split16"},
     "float32 masters": {"master_weights": "fp32", "ema_decay": 0.9},
+    "averages, rounded by chance": {"ema_decay": 0.9, "state_format": {"ema": "bf16"}},
 }
 
 
