@@ -182,6 +182,13 @@ class FusedOptimizer(Accumulating, Averaging):
             return checkpoints.as_torchs(self, state_dict)
         return checkpoints.with_version(checkpoints.without_defaults(state_dict, self.own_options()))
 
+    def __repr__(self) -> str:
+        """Return what torch's says; of what else happens in a step only what has been asked for."""
+        text = super().__repr__()
+        for name, value in self._step_defaults.items():
+            text = text.replace(f"    {name}: {value}\n", "")
+        return text
+
     def __getstate__(self) -> dict[str, Any]:
         return checkpoints.without_shared_scalars(super().__getstate__())
 
