@@ -40,7 +40,7 @@ __all__ = ["Rule", "RuleError", "RuleOptimizer", "absolute", "maximum", "nonzero
 
 #: What the constructor takes beside hyperparameters, and groups hold.
 _OPTIONS = {"params", "weight_decay", "decoupled_weight_decay", "maximize", "capturable", "differentiable", "foreach", "fused"}
-_OPTIONS |= set(options.DEFAULTS)
+_OPTIONS |= set(options.STEP_DEFAULTS)
 
 
 class RuleOptimizer(FusedOptimizer):

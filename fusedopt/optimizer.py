@@ -20,9 +20,7 @@ from fusedopt.kernels.norms import Clipping
 from fusedopt.kernels.plan import Plan
 from fusedopt.kernels.rule import Update
 from fusedopt.kernels.tables import Hyperparameters, Launch, LossScale
-from fusedopt.options import DEFAULTS as STEP_DEFAULTS
-from fusedopt.options import StepOptions
-from fusedopt.options import check as check_options
+from fusedopt.options import STEP_DEFAULTS, StepOptions, check_options, without_defaults
 from fusedopt.prepared import Prepared, TorchView
 from fusedopt.settings import FORMAT_OPTIONS, IMPLEMENTATION_OPTIONS, Settings
 
@@ -183,11 +181,7 @@ class FusedOptimizer(Accumulating, Averaging):
         return checkpoints.with_version(checkpoints.without_defaults(state_dict, self.own_options()))
 
     def __repr__(self) -> str:
-        """Return what torch's says; of what else happens in a step only what has been asked for."""
-        text = super().__repr__()
-        for name, value in self._step_defaults.items():
-            text = text.replace(f"    {name}: {value}\n", "")
-        return text
+        return without_defaults(super().__repr__(), self._step_defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return checkpoints.without_shared_scalars(super().__getstate__())

@@ -42,7 +42,7 @@ class StepOptions(TypedDict, total=False):
 
 
 #: What the options are where nothing is said of them, and what groups hold of them beside.
-DEFAULTS: dict[str, Any] = {
+STEP_DEFAULTS: dict[str, Any] = {
     "max_grad_norm": None,
     "skip_nonfinite": False,
     "ema_decay": None,
@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def check(options: Mapping[str, Any], of: str) -> None:
+def check_options(options: Mapping[str, Any], of: str) -> None:
     """Raise TypeError or ValueError unless ``options``, those of a class named ``of`` or of a group, are known and in range."""
     unknown = sorted(set(options) - set(StepOptions.__annotations__))
     if unknown:
@@ -67,3 +67,10 @@ def check(options: Mapping[str, Any], of: str) -> None:
     if decay is not None and not (isinstance(decay, numbers.Real) and 0 <= float(decay) < 1):
         raise ValueError(f"Invalid ema_decay: {decay}; it must be a number in [0, 1), or None")
     low_bit.check(options)
+
+
+def without_defaults(text: str, defaults: Mapping[str, Any]) -> str:
+    """Return what ``repr`` says of an optimizer, of these options only those that have been asked for."""
+    for name, value in defaults.items():
+        text = text.replace(f"    {name}: {value}\n", "")
+    return text

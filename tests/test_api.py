@@ -108,7 +108,7 @@ def test_defaults_are_torchs(name):
     ours, theirs = (getattr(module, name)([parameter()]).defaults for module in (optim, torch.optim))
     assert {key: ours[key] for key in theirs} == theirs
     assert {key: ours[key] for key in ours.keys() - theirs.keys()} == EXTRA[name] | (
-        {} if name in WITHOUT_STEP_OPTIONS else step_options.DEFAULTS
+        {} if name in WITHOUT_STEP_OPTIONS else step_options.STEP_DEFAULTS
     )
 
 
