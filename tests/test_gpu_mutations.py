@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux), or fusedopt's extra [triton]")
 
 import amp_paths
+import fusedopt
 import test_gpu_executed as executed
 import test_gpu_step_options as options
 from cases import named
@@ -153,6 +154,29 @@ def costs():
         assert table.violations(kind, table.cost(offline.compile_update(kind, "sm_90"), "sm_90")) == []
 
 
+def codes(found_inf: float | None = None):
+    """AdamW in 8 bits: whole blocks, the end of one, and a step that a scaler leaves out."""
+    made = []
+    for context in (backends.use("numba"), steps.executing()):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(4096 + 700))
+        optimizer = fusedopt.AdamW([param], state_format="8bit")
+        with context:
+            for step in range(3):
+                param.grad = torch.randn(param.shape) * torch.exp(2 * torch.randn(param.shape))
+                if step == 1 and found_inf is not None:
+                    with amp_paths.scaling(optimizer, found_inf, 1.0):
+                        optimizer.step()
+                else:
+                    optimizer.step()
+        made.append([outputs(optimizer, param)])
+    assert_equal_bits(made[1], made[0])
+
+
+def codes_left_out():
+    codes(1.0)
+
+
 # --- what is planted ----------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +270,33 @@ KERNEL = [
 ]
 
 
+CODES = [
+    Mutation(
+        "what does not exist in a block's range", "tl.where(mask, s_exp_avg_bits, 0)", "s_exp_avg_bits + lanes.to(tl.uint32)", codes
+    ),
+    Mutation("words of the neighbour", "(start // 256), base", "(start // 256 + 2), base", codes),
+    Mutation("the same chance in all blocks", "index + start, 0, 0, key", "index, 0, 0, key", codes),
+    Mutation("the same chance in all steps", "word(tl.load(row + 9))", "word(tl.load(row + 9) * 0)", codes),
+    Mutation("one chance for both moments", "word(random_0 >> 16)", "word(random_0 & 65535)", codes),
+    Mutation(
+        "moment relative to the root before rounding",
+        "quotient(new_s_exp_avg, s_exp_avg_sq_size)",
+        "quotient(new_s_exp_avg, new_s_exp_avg_sq)",
+        codes,
+    ),
+    Mutation(
+        "root decoded without its square",
+        "s_exp_avg_sq = s_exp_avg_sq_size * s_exp_avg_sq_size",
+        "s_exp_avg_sq = s_exp_avg_sq_size",
+        codes,
+    ),
+    Mutation("words stored by a step that is left out", "bits(factor), mask=writes", "bits(factor + 1.0)", codes_left_out),
+    Mutation(
+        "chance where nothing is between two codes", "word(below + 2), word(below + 1)", "word(below + 1), word(below + 1)", codes
+    ),
+]
+
+
 @contextlib.contextmanager
 def planted(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Have kernels generated with the fault; yield the names of those that have it."""
@@ -286,9 +337,10 @@ QUICK = (
     "alignment promised to all",
     "plain division",
     "row one coefficient too short",
+    "words of the neighbour",
 )
-QUICKLY_ASKED = {mutation.asked for mutation in KERNEL if mutation.name in QUICK}
-ASKED = sorted({mutation.asked for mutation in KERNEL}, key=lambda asked: asked.__name__)
+QUICKLY_ASKED = {mutation.asked for mutation in (*KERNEL, *CODES) if mutation.name in QUICK}
+ASKED = sorted({mutation.asked for mutation in (*KERNEL, *CODES)}, key=lambda asked: asked.__name__)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +352,7 @@ def test_nothing_is_caught_where_nothing_is_planted(asked):
 
 
 @pytest.mark.parametrize(
-    "mutation", [pytest.param(m, marks=[] if m.name in QUICK else pytest.mark.proof, id=m.name) for m in KERNEL]
+    "mutation", [pytest.param(m, marks=[] if m.name in QUICK else pytest.mark.proof, id=m.name) for m in (*KERNEL, *CODES)]
 )
 def test_a_fault_in_a_kernel_is_caught(mutation, monkeypatch):
     with planted(mutation, monkeypatch) as changed:
