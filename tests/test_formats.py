@@ -97,10 +97,7 @@ TRITON = ["8bit", "mixed", "moment alone", "split16", "split8", "fp32 master", "
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize(
-    ("name", "dtype", "options"),
-    [pytest.param(*VARIANTS[each], marks=[] if each in ("mixed", "split8") else pytest.mark.slow, id=each) for each in TRITON],
-)
+@pytest.mark.parametrize(("name", "dtype", "options"), [pytest.param(*VARIANTS[each], id=each) for each in TRITON])
 def test_triton_has_the_bits_of_numpy(name, dtype, options, monkeypatch):
     monkeypatch.setattr(low_bit, "SMALLEST", 300)
     shapes = [(331,)]
