@@ -217,7 +217,7 @@ def test_unknown_options_are_refused(options, message):
 
 def test_unknown_states_are_refused():
     optimizer = make(state_format={"exp_average": "8bit"})
-    with pytest.raises(ValueError, match=r"names the states \['exp_average'\], but the rule has \['exp_avg', 'exp_avg_sq'\]"):
+    with pytest.raises(ValueError, match=r"names the states \['exp_average'\], but there are \['exp_avg', 'exp_avg_sq'\]"):
         train(optimizer)
 
 
