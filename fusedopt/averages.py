@@ -16,7 +16,8 @@ _NAME = "ema"
 
 def _averages(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
     """Return each parameter that has an average, and the average."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [group for group in optimizer.param_groups if group.get("ema_decay") is not None]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     states = [optimizer.state.get(parameter) or {} for parameter in parameters]
     return [(parameter, state[_NAME]) for parameter, state in zip(parameters, states, strict=True) if _NAME in state]
 
@@ -96,7 +97,7 @@ class Averaging(torch.optim.Optimizer):
         copies = _copies(model, averaged)
         for group in self.param_groups:
             for parameter in group["params"]:
-                if group["ema_decay"] is not None and parameter in copies:
+                if group.get("ema_decay") is not None and parameter in copies:
                     state = self.state[parameter]
                     if _NAME not in state:
                         state[_NAME] = torch.empty_like(parameter, dtype=average_dtype(parameter.dtype), requires_grad=False)

@@ -236,7 +236,8 @@ class StepInBackward:
         self._optimizer._check_accumulated()
         if self._norm is not None:
             return
-        asked = "a gradient scaler" if self._scaler is not None else "max_grad_norm or skip_nonfinite" if self._clips() else None
+        scaled = self._scaler is not None and self._scaler.is_enabled()
+        asked = "a gradient scaler" if scaled else "max_grad_norm or skip_nonfinite" if self._clips() else None
         if asked is not None:
             raise RuntimeError(
                 f"{asked} must know all gradients before the first parameter is updated: run backward twice, first within "
@@ -278,8 +279,13 @@ class StepInBackward:
         self._open.clear()
 
     def _step(self, unit: Unit, loss_scale: LossScale | None = None) -> None:
-        if self._norm is None or self._norm.finite:
+        if self._norm is None or self._norm.finite or not self._skips():
             unit.step(self._norm, loss_scale or self._loss_scale())
+
+    def _skips(self) -> bool:
+        """Whether a step whose norm is not finite is left out: a scaler does so, or skip_nonfinite."""
+        scaled = self._scaler is not None and self._scaler.is_enabled()
+        return scaled or any(group.get("skip_nonfinite") for group in self._optimizer.param_groups)
 
     def _measure(self, unit: Unit) -> None:
         assert self._norm is not None
@@ -337,7 +343,7 @@ class StepInBackward:
         if norm is None or not self._clips():
             return
         optimizer._grad_norm = norm.norms
-        if not norm.finite and any(group["skip_nonfinite"] for group in optimizer.param_groups):
+        if not norm.finite and any(group.get("skip_nonfinite") for group in optimizer.param_groups):
             optimizer._skipped_steps = optimizer.skipped_steps + 1
 
     def _reset(self) -> None:

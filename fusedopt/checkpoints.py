@@ -45,12 +45,13 @@ def unshield(state: dict[Any, Any]) -> None:
     """Put copies in the place of shielded tensors: on the parameter's device, in its layout, of the dtype they had."""
     for parameter, values in state.items():
         if isinstance(values, dict):
-            state[parameter] = {name: _unshield(parameter, name, part) for name, part in values.items()}
+            # Codes keep their strides, which say in what order blocks were cut.
+            state[parameter] = {name: _unshield(parameter, name, part, f"{name}_words" in values) for name, part in values.items()}
         elif isinstance(values, _Shielded):
             state[parameter] = values.tensor
 
 
-def _unshield(parameter: Any, name: str, value: Any) -> Any:
+def _unshield(parameter: Any, name: str, value: Any, coded: bool = False) -> Any:
     if isinstance(value, dict):
         return {key: _unshield(parameter, key, part) for key, part in value.items()}
     if not isinstance(value, _Shielded):
@@ -59,7 +60,7 @@ def _unshield(parameter: Any, name: str, value: Any) -> Any:
     if name == "step" or not isinstance(parameter, Tensor):
         return tensor.clone()
     with torch.no_grad():
-        if tensor.shape == parameter.shape and tensor.layout == torch.strided:
+        if tensor.shape == parameter.shape and tensor.layout == torch.strided and not coded:
             return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
         return tensor.to(parameter.device, copy=True)
 
@@ -119,6 +120,8 @@ def as_torchs(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str
     own = {name for name, _ in optimizer.own_options()}
     groups = [{name: value for name, value in group.items() if name not in own} for group in state_dict["param_groups"]]
     state = dict(state_dict["state"])
+    if not optimizer._step_defaults:  # it keeps nothing in codes
+        return {**state_dict, "param_groups": groups}
     decays = any(group.get("weight_decay", 0) for group in optimizer.param_groups)
     for live, saved in zip(optimizer.param_groups, groups, strict=True):
         update = optimizer._update(live, decays)
@@ -126,7 +129,9 @@ def as_torchs(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str
             if index not in state:
                 continue
             values = {**state[index], **low_bit.floats(update.rule, parameter, state[index])}
-            ours = {"master", "ema", *(f"{name}_words" for name in update.rule.states)}
+            if live.get("state_format") is not None:
+                values |= {name: values[name].float() for name in update.rule.states if name in values}
+            ours = {"master", "ema", *(f"{name}_words" for name in update.rule.states)} - set(update.rule.states)
             if not optimizer._counts_steps:
                 ours.add("step")
             state[index] = {name: value for name, value in values.items() if name not in ours}

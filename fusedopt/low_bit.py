@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fusedopt.kernels import blocks, layout
-from fusedopt.kernels.formats import BFLOAT16_BY_CHANCE, CODES, FORMATS, MASTERS, Format
+from fusedopt.kernels.formats import BFLOAT16_BY_CHANCE, CODES, FORMATS, MASTERS, Format, average_dtype
 from fusedopt.kernels.rule import Rule, Update
 from fusedopt.prepared import as_number, levels_to_caller
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer import FusedOptimizer
 
 #: What ``state_format`` may name.
 STATE_FORMATS = ("fp32", "bf16", "8bit")
@@ -121,6 +124,36 @@ def held_codes(rule: Rule, state: Mapping[str, Any]) -> dict[str, Format]:
     return {name: CODES[_code(rule, name, coded)] for name in rule.states if name in coded}
 
 
+def keeps_master(rule: Rule, state: Mapping[str, Any]) -> bool:
+    """Whether ``state`` holds a parameter's master, which is no state of ``rule``."""
+    return "master" not in rule.states and isinstance(state.get("master"), Tensor)
+
+
+def leave(optimizer: FusedOptimizer, loaded: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Take states that a checkpoint holds in bf16 into the parameters' dtypes, where ``own`` asks for no format.
+
+    Args:
+        optimizer: that has loaded them; its states are replaced.
+        loaded: a group as the checkpoint has it.
+        own: the same group before.
+    """
+    asked = loaded.get("state_format")
+    if asked is None or own.get("state_format") is not None:
+        return
+    changed = set()
+    for parameter in loaded["params"]:
+        state = optimizer.state.get(parameter) or {}
+        for name, value in state.items():
+            named = isinstance(asked, Mapping) and name in asked
+            if isinstance(value, Tensor) and value.dtype == torch.bfloat16 and (named or not isinstance(asked, Mapping)):
+                dtype = average_dtype(parameter.dtype) if name == "ema" else parameter.dtype
+                if name != "master" and dtype != value.dtype:
+                    state[name] = value.to(dtype)
+                    changed.add(name)
+    if changed:
+        _say(f"the states {', '.join(sorted(changed))}", "state_format")
+
+
 def complete(
     update: Update, wanted: Mapping[str, Format], parameter: Tensor, state: Mapping[str, Any], initial: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -140,7 +173,9 @@ def complete(
     for name in update.states:
         form, before = wanted.get(name), state.get(name)
         if isinstance(before, Tensor) and (
-            held.get(name) is form if name in held or form is None or form.words else before.dtype == form.dtype
+            held.get(name) is form and _in_order(before, parameter)
+            if name in held or form is None or form.words
+            else before.dtype == form.dtype
         ):
             continue
         if form is None and name not in held:
@@ -159,9 +194,14 @@ def complete(
             new[name] = start
     _encode(update.rule, wanted, parameter, state, new)
     # Adagrad of torch makes its states before the first step.
+    moved = [name for name in changed if held.get(name) is wanted.get(name)]
+    changed = [name for name in changed if name not in moved]
     if changed and as_number(state.get("step", 1.0)):
         _say(f"the states {', '.join(changed)}", "state_format")
     dropped = [f"{name}_words" for name in held if not wanted.get(name, _FLOAT32).words]
+    if "p" not in wanted and keeps_master(update.rule, state):
+        _say("the master of a parameter", "master_weights")
+        dropped.append("master")
     return {**new, **_master(wanted.get("p"), parameter, state)}, dropped
 
 
@@ -190,6 +230,12 @@ def _encode(rule: Rule, wanted: Mapping[str, Format], parameter: Tensor, state: 
         new[name], new[f"{name}_words"] = _as_codes(code, parameter), blocks.words_of(form, parameter, words)
 
 
+def _in_order(codes: Tensor, parameter: Tensor) -> bool:
+    """Whether the blocks of ``codes`` are those of ``parameter`` as it lies in memory now."""
+    dense = torch.empty_like(layout.local(parameter), device="meta")
+    return layout.same_layout(layout.local(codes), dense)
+
+
 def _as_codes(elements: Tensor, parameter: Tensor) -> Tensor:
     return layout.as_part(blocks.unflat(elements, layout.local(parameter)), parameter)
 
@@ -197,12 +243,14 @@ def _as_codes(elements: Tensor, parameter: Tensor) -> Tensor:
 def floats(rule: Rule, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the states of ``rule`` that ``state`` holds as plain tensors: codes decoded to float32, others as they are."""
     held = held_codes(rule, state)
-    part = layout.local(parameter)
-    flat = {name: blocks.flat(layout.local(state[name]), part) for name in held}
+    # Blocks follow the memory of the codes themselves, whatever the parameter's layout has become since.
+    flat = {name: blocks.flat(layout.local(state[name])) for name in held}
     flat |= {f"{name}_words": state[f"{name}_words"] for name in held}
     values, _ = blocks.decoded_states(held, rule.relative, flat)
     found = {name: state[name] for name in rule.states if isinstance(state.get(name), Tensor)}
-    return found | {name: _as_codes(value, parameter) for name, value in values.items()}
+    return found | {
+        name: layout.as_part(blocks.unflat(value, layout.local(state[name])), parameter) for name, value in values.items()
+    }
 
 
 def _master(form: Format | None, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from fusedopt import checkpoints, masters, paths, planning
+from fusedopt import checkpoints, low_bit, masters, paths, planning
 from fusedopt.accumulation import Accumulating
 from fusedopt.averages import Averaging
 from fusedopt.kernels import backends, layout
@@ -20,7 +20,7 @@ from fusedopt.kernels.norms import Clipping
 from fusedopt.kernels.plan import Plan
 from fusedopt.kernels.rule import Update
 from fusedopt.kernels.tables import Hyperparameters, Launch, LossScale
-from fusedopt.options import STEP_DEFAULTS, StepOptions, check_options, without_defaults
+from fusedopt.options import TakingOptions
 from fusedopt.prepared import Prepared, TorchView
 from fusedopt.settings import FORMAT_OPTIONS, IMPLEMENTATION_OPTIONS, Settings
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fusedopt.backward import StepInBackward
 
 
-class FusedOptimizer(Accumulating, Averaging):
+class FusedOptimizer(TakingOptions, Accumulating, Averaging):
     """The part of an optimizer that runs fused kernels; stands before torch's class among the bases.
 
     A subclass names its update for a group in :meth:`_update`; everything else follows from the update's rule.
@@ -40,10 +40,6 @@ class FusedOptimizer(Accumulating, Averaging):
     _torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None
     #: Whether ``state["step"]`` counts a parameter's steps.
     _counts_steps: ClassVar[bool] = True
-    #: Options that torch's class does not have, with what they are in its checkpoints.
-    _own_options: ClassVar[tuple[tuple[str, Any], ...]] = ()
-    #: What else happens in a step, unless asked for otherwise; empty where nothing can.
-    _step_defaults: ClassVar[Mapping[str, Any]] = STEP_DEFAULTS
     #: What to say of sparse gradients; None if torch's own implementation takes them.
     _sparse_message: ClassVar[str | None] = None
 
@@ -62,42 +58,6 @@ class FusedOptimizer(Accumulating, Averaging):
     def _update(self, group: dict[str, Any], decays: bool) -> Update:
         """Return the update of ``group``; ``decays`` tells whether any group has a weight decay."""
         raise NotImplementedError
-
-    def _set_options(self, step_options: Mapping[str, Any], **options: Any) -> None:
-        """Add options that torch's constructor does not take to all groups."""
-        check_options(step_options, type(self).__name__)
-        options = {**self._step_defaults, **step_options, **options}
-        if options.get("fused"):
-            if self.defaults.get("differentiable"):
-                raise RuntimeError("`fused` does not support `differentiable`")
-            if self.defaults.get("foreach"):
-                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        self.defaults.update(options)
-        for group in self.param_groups:
-            self._complete(group)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, as torch.optim does."""
-        if "clips_alone" in self.defaults and isinstance(param_group, dict):  # not while torch's constructor adds the first
-            self._complete(param_group)
-        super().add_param_group(param_group)
-
-    def _complete(self, group: dict[str, Any]) -> None:
-        """Give ``group`` the options of ours that it has not set for itself."""
-        alone = group.get("max_grad_norm") is not None
-        if alone and self.defaults.get("max_grad_norm") is not None:
-            raise ValueError(
-                f"max_grad_norm={self.defaults['max_grad_norm']} of the constructor clips by the norm over all groups, and a "
-                f"group's own max_grad_norm={group['max_grad_norm']} by the norm of that group: give one or the other"
-            )
-        for name, _ in self.own_options():
-            group.setdefault(name, alone if name == "clips_alone" else self.defaults[name])
-        check_options({name: group[name] for name in StepOptions.__annotations__ if name in group}, type(self).__name__)
-
-    @classmethod
-    def own_options(cls) -> tuple[tuple[str, Any], ...]:
-        """Return the options that torch's class does not have, with what they are in its checkpoints."""
-        return (*cls._own_options, *cls._step_defaults.items())
 
     def _initial(self, group: dict[str, Any], name: str) -> Any:  # noqa: ARG002  # for subclasses
         """Return the number that the state or scalar ``name`` of a parameter of ``group`` starts from."""
@@ -180,9 +140,6 @@ class FusedOptimizer(Accumulating, Averaging):
             return checkpoints.as_torchs(self, state_dict)
         return checkpoints.with_version(checkpoints.without_defaults(state_dict, self.own_options()))
 
-    def __repr__(self) -> str:
-        return without_defaults(super().__repr__(), self._step_defaults)
-
     def __getstate__(self) -> dict[str, Any]:
         return checkpoints.without_shared_scalars(super().__getstate__())
 
@@ -208,6 +165,9 @@ class FusedOptimizer(Accumulating, Averaging):
         finally:
             handle.remove()
         for group, own in zip(self.param_groups, before, strict=True):
+            low_bit.leave(self, group, own)
+            for name in FORMAT_OPTIONS:
+                group.pop(name, None)
             group.update({name: own[name] for name in (*IMPLEMENTATION_OPTIONS, *FORMAT_OPTIONS) if name in own})
             group.pop(checkpoints.VERSION_KEY, None)
 
@@ -220,7 +180,7 @@ class FusedOptimizer(Accumulating, Averaging):
                 group.setdefault(name, value)
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self.own_options():
+            for name, value in self._own_options:
                 group.setdefault(name, value)
 
     # --- the step ---------------------------------------------------------------------------------------------------------
@@ -297,9 +257,9 @@ class FusedOptimizer(Accumulating, Averaging):
             self._torch_step([parameters[i] for i in sorted(prepared.torch_indices)], loss_scale)
             prepared.watch(self.state)
         prepared.plan.run(launches)
-        masters.remember(self, prepared.plan)
         for wave in prepared.waves:
             self._run_wave(wave, prepared, gradients, updates, hyperparameters, loss_scale)
+        masters.remember(self, prepared.plan)
         if zero_grad and (prepared.waves or prepared.torch_indices or not any(launches)):
             layout.zero_gradients(parameters)
 
@@ -311,7 +271,8 @@ class FusedOptimizer(Accumulating, Averaging):
             return True
         if self._skipped_steps is None or self._skipped_steps.device != outcome.finite.device:
             before = 0 if self._skipped_steps is None else int(self._skipped_steps)
-            self._skipped_steps = torch.full((), before, dtype=torch.int64, device=outcome.finite.device)
+            with torch.inference_mode(False):  # it outlives the mode
+                self._skipped_steps = torch.full((), before, dtype=torch.int64, device=outcome.finite.device)
         self._skipped_steps += ~outcome.finite
         return plan.decides_on_device or bool(outcome.finite)
 
@@ -330,8 +291,8 @@ class FusedOptimizer(Accumulating, Averaging):
         return torch.zeros((), dtype=torch.int64, device="cpu") if self._skipped_steps is None else self._skipped_steps
 
     def _parameters_are_back(self) -> None:
-        if self._prepared is not None and self._prepared.plan is not None and self._versions is not None:
-            masters.remember(self, self._prepared.plan)
+        if self._versions is not None:
+            self._versions.update({parameter: parameter._version for parameter in self._versions})
 
     def _check_capture(self) -> None:
         # A rule that counts steps would have its bias corrections frozen in the graph.

@@ -47,7 +47,7 @@ def member_of(
             if name not in forms
         }
         dropped: list[str] = []
-        if forms or low_bit.held_codes(update.rule, state):
+        if forms or low_bit.held_codes(update.rule, state) or low_bit.keeps_master(update.rule, state):
             initial = {name: as_number(optimizer._initial(options, name)) for name in forms if name in missing}
             made, dropped = low_bit.complete(update, forms, parameter, state, initial)
             new |= made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -56,7 +57,9 @@ class Settings:
         groups = optimizer.param_groups
         decays = any(isinstance(w := group.get("weight_decay", 0), Tensor) or w != 0 for group in groups)
         names = (*IMPLEMENTATION_OPTIONS, *FORMAT_OPTIONS, "rounding_seed")
-        self.switches = [tuple(group.get(name) for name in names) for group in groups]
+        self.clipping = _clipping(groups)
+        # Who updates a parameter follows from whether it is clipped, too: torch's own knows nothing of that.
+        self.switches = [(*(_as_key(group.get(name)) for name in names), self.clipping is not None) for group in groups]
         updates = [optimizer._update(group, decays) for group in groups]
         self.updates = [
             update if group.get("ema_decay") is None else _averaging(update) for update, group in zip(updates, groups, strict=True)
@@ -71,7 +74,6 @@ class Settings:
             for group, update in zip(groups, self.updates, strict=True)
         ]
         self.zero_grad = any(group.get("zero_grad_in_step") for group in groups)
-        self.clipping = _clipping(groups)
         self._values = [list(group.values()) for group in groups]
         self._constant = all(
             _is_constant(value) for group in groups for name, value in group.items() if not name.startswith("param")
@@ -87,7 +89,11 @@ class Settings:
 
 
 def _clipping(groups: list[dict[str, Any]]) -> Clipping | None:
-    max_norms = [group.get("max_grad_norm") for group in groups]
+    given = [group.get("max_grad_norm") for group in groups]
+    max_norms = [None if norm is None else as_number(norm) for norm in given]
+    for norm in max_norms:
+        if norm is not None and not norm > 0:
+            raise ValueError(f"Invalid max_grad_norm: {norm}; it must be a number above 0, or None")
     skips = {bool(group.get("skip_nonfinite")) for group in groups}
     if len(skips) > 1:
         raise ValueError("skip_nonfinite must be the same in all groups: a step is left out wholly, or not at all")
@@ -101,6 +107,11 @@ def _clipping(groups: list[dict[str, Any]]) -> Clipping | None:
             "each group its own when the optimizer is made"
         )
     return Clipping((0,) * len(groups), (max_norms[0],), any(skips))
+
+
+def _as_key(value: Any) -> Any:
+    # A mapping may be changed in place.
+    return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
 
 
 def _is_constant(value: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt import checkpoints
 from fusedopt.optimizer import FusedOptimizer
 
 
@@ -31,10 +32,13 @@ def swap_in_optimizer_params_and_state(
             yield
         return
     # State dicts leave out options of ours that are at their defaults; torch asks for the keys of live groups.
+    checkpoints.check_version(swapin_optim_state)
     groups = [
         {**{name: live[name] for name, _ in optimizer.own_options() if name in live}, **group}
         for live, group in zip(optimizer.param_groups, swapin_optim_state["param_groups"], strict=True)
     ]
+    for group in groups:
+        group.pop(checkpoints.VERSION_KEY, None)
     with torch.optim.swap_in_optimizer_params_and_state(
         optimizer, swapin_parameters, {**swapin_optim_state, "param_groups": groups}
     ):

@@ -20,9 +20,13 @@ _MASK = 0xFFFFFFFF
 
 def key_of(seed: int, index: int) -> int:
     """Return the key of a parameter's random bits: two words, as a 64-bit integer."""
-    first = int(CODES.step_key(torch.tensor(seed & _MASK), torch.tensor(2 * index + 1)))
-    second = int(CODES.step_key(torch.tensor(first ^ (seed >> 32) & _MASK), torch.tensor(2 * index + 2)))
+    first = int(CODES.step_key(_word(seed & _MASK), _word(2 * index + 1)))
+    second = int(CODES.step_key(_word(first ^ (seed >> 32) & _MASK), _word(2 * index + 2)))
     return (second << 32 | first) - (1 << 64 if second >> 31 else 0)
+
+
+def _word(number: int) -> Tensor:
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def random_words(key: int, step: int, first: int, count: int, number: int, device: torch.device) -> Tensor:

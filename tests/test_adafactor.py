@@ -520,3 +520,20 @@ def test_complex_parameters_are_refused_before_anything_changes():
     with pytest.raises(RuntimeError, match=r"^Adafactor does not support complex parameters$"):
         fusedopt.Adafactor([{"params": [p]} for p in params]).step()
     assert torch.equal(params[0], torch.ones(3))
+
+
+def test_what_it_cannot_do_in_a_step_is_refused():
+    p = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match="Adafactor is no rule on elements, and cannot take max_grad_norm, ema_decay"):
+        fusedopt.Adafactor([{"params": [p], "max_grad_norm": 1e-3, "ema_decay": 0.9}])
+
+
+def test_its_state_in_torchs_format_is_its_state():
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = fusedopt.Adafactor([p])
+    p.grad = torch.randn(4, 4)
+    optimizer.step(zero_grad=True)
+    assert not p.grad.any()
+    plain = optimizer.state_dict(format="torch")
+    torch.testing.assert_close(plain["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
+    assert "fused" not in plain["param_groups"][0]

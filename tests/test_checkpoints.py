@@ -181,3 +181,25 @@ def test_signatures_of_saving_and_loading_are_torchs():
         assert list(ours.parameters)[: len(theirs.parameters)] == list(theirs.parameters)
         added = list(ours.parameters.values())[len(theirs.parameters) :]
         assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in added)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "ema_decay": 0.9}], ids=["plain", "options"])
+def test_distributed_checkpoints_may_be_flat(options):
+    """Their reader asks for each key of the live groups, and for no other."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = torch.nn.Linear(8, 8)
+    optimizer, other = (fusedopt.AdamW(model.parameters(), **options) for _ in range(2))
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step(zero_grad=True)
+    optimizer.zero_grad()
+    set_optimizer_state_dict(model, other, optim_state_dict=get_optimizer_state_dict(model, optimizer, options=flat), options=flat)
+    for p in model.parameters():
+        torch.testing.assert_close(other.state[p], optimizer.state[p], rtol=0, atol=0)
+
+
+def test_groups_have_no_options_that_nobody_asked_for():
+    ours, theirs = (module.AdamW([torch.nn.Parameter(torch.ones(1))]) for module in (fusedopt, torch.optim))
+    assert ours.param_groups[0].keys() == theirs.param_groups[0].keys()
+    assert ours.defaults == theirs.defaults

@@ -424,3 +424,49 @@ def test_the_function_takes_mixed_and_odd_gradients():
     norm = exact_norm(params)
     assert float(fusedopt.clip_grad_norm_(params, 1.0)) == pytest.approx(norm, rel=1e-6)
     assert exact_norm(params) == pytest.approx(1.0, rel=1e-5)
+
+
+# --- asked for while it runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"foreach": True}], ids=str)
+def test_a_group_may_ask_for_it_later(options):
+    """Also where torch's own implementation, which cannot clip, has stepped so far."""
+    p = torch.nn.Parameter(torch.zeros(10))
+    optimizer = fusedopt.SGD([p], lr=1.0, **options)
+    p.grad = torch.full((10,), 100.0)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    optimizer.step()
+    torch.testing.assert_close((before - p).norm(), torch.tensor(1.0), rtol=1e-5, atol=0)
+
+
+def test_a_norm_in_a_tensor_is_read_at_every_step():
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = fusedopt.SGD([p], lr=1.0)
+    most = optimizer.param_groups[0]["max_grad_norm"] = torch.tensor(1.0)
+    for value in (1.0, 0.25):
+        most.fill_(value)
+        before, p.grad = p.detach().clone(), torch.full((4,), 100.0)
+        optimizer.step()
+        torch.testing.assert_close((before - p).norm(), torch.tensor(value), rtol=1e-5, atol=0)
+
+
+def test_a_negative_norm_is_refused_whenever_it_comes():
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = fusedopt.SGD([p], lr=1.0)
+    optimizer.param_groups[0]["max_grad_norm"], p.grad = -1.0, torch.ones(4)
+    with pytest.raises(ValueError, match="Invalid max_grad_norm: -1"):
+        optimizer.step()
+    assert not p.any()
+
+
+def test_steps_left_out_are_counted_in_and_out_of_inference_mode():
+    p = torch.nn.Parameter(torch.randn(8))
+    optimizer = fusedopt.AdamW([p], skip_nonfinite=True)
+    p.grad = torch.full((8,), math.nan)
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.step()
+    assert int(optimizer.skipped_steps) == 2

@@ -470,3 +470,107 @@ def test_memory_is_what_is_allocated():
 def test_bytes_a_parameter(options, size):
     optimizer = train(make(dtype=BFLOAT16, shapes=[(1000, 1024)], **options), 1)
     assert fusedopt.memory(optimizer).bytes_per_parameter == pytest.approx(size, abs=1e-3)
+
+
+# --- layouts, checkpoints and names ------------------------------------------------------------------------------------------
+
+
+def error_after_a_change_of_layout(change) -> float:
+    """The relative error of an update by 8-bit states, whose coordinates have very different sizes, against float32's."""
+    updates = []
+    for options in ({}, {"state_format": "8bit"}):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(128, 128))
+        optimizer = fusedopt.AdamW([p], lr=1e-2, weight_decay=0, **options)
+        sizes = torch.logspace(-6, 2, 128).view(128, 1)
+        for _ in range(5):
+            p.grad = torch.randn(128, 128) * sizes
+            optimizer.step()
+        optimizer, p = change(optimizer, p, options)
+        before, p.grad = p.detach().clone(), torch.randn(128, 128) * sizes
+        optimizer.step()
+        updates.append(p.detach() - before)
+    return float((updates[1] - updates[0]).norm() / updates[0].norm())
+
+
+def transposed(p):
+    return p.detach().t().contiguous().t()
+
+
+def in_place(optimizer, p, options):
+    p.data = transposed(p)
+    return optimizer, p
+
+
+def by_a_checkpoint(optimizer, p, options):
+    other = torch.nn.Parameter(transposed(p))
+    loaded = fusedopt.AdamW([other], lr=1e-2, weight_decay=0, **options)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return loaded, other
+
+
+@pytest.mark.parametrize("change", [in_place, by_a_checkpoint])
+def test_blocks_follow_the_memory_that_they_were_cut_from(change):
+    """Else the words of one block would decode the codes of another; coding anew costs another rounding."""
+    assert error_after_a_change_of_layout(change) < 0.03 < 0.5
+
+
+@pytest.mark.filterwarnings("ignore:the states:UserWarning")
+def test_states_in_bf16_become_plain_where_no_format_is_asked_for():
+    """Rounded to nearest, slow averages would stay where they are."""
+    p = torch.nn.Parameter(torch.randn(8192))
+    optimizer = fusedopt.AdamW([p], state_format="bf16")
+    p.grad = torch.randn(8192)
+    optimizer.step()
+    plain = fusedopt.AdamW([p])
+    with pytest.warns(UserWarning, match="had another format than state_format asks for"):
+        plain.load_state_dict(optimizer.state_dict())
+    assert {value.dtype for value in plain.state[p].values()} == {torch.float32}
+    assert "state_format" not in plain.param_groups[0]
+    saved = optimizer.state_dict(format="torch")["state"][0]
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+def test_a_master_that_is_not_asked_for_is_dropped():
+    p = torch.nn.Parameter(torch.randn(8192).bfloat16())
+    optimizer = fusedopt.AdamW([p], master_weights="split16")
+    p.grad = torch.randn(8192).bfloat16()
+    optimizer.step()
+    plain = fusedopt.AdamW([p])
+    plain.load_state_dict(optimizer.state_dict())
+    with pytest.warns(UserWarning, match="the master of a parameter"):
+        plain.step()
+    assert "master" not in plain.state[p]
+
+
+def test_states_can_be_swapped_in():
+    p = torch.nn.Parameter(torch.randn(8192))
+    optimizer = fusedopt.AdamW([p], state_format="8bit")
+    p.grad = torch.randn(8192)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    with fusedopt.swap_in_optimizer_params_and_state(optimizer, {"p": torch.zeros(8192)}, state):
+        optimizer.step()
+    assert p.detach().abs().max() > 1
+
+
+def test_a_mapping_that_is_changed_in_place_is_noticed():
+    p = torch.nn.Parameter(torch.ones(8192))
+    formats = {"exp_avg": "8bit"}
+    optimizer = fusedopt.AdamW([p], state_format=formats)
+    p.grad = torch.ones(8192)
+    optimizer.step()
+    formats["exp_avg_sq"] = "8bit"
+    with pytest.warns(UserWarning, match="had another format"):
+        optimizer.step()
+    assert optimizer.state[p]["exp_avg_sq"].dtype == torch.uint8
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters:UserWarning")
+def test_masters_of_a_parameter_that_is_listed_twice_are_kept():
+    p = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = fusedopt.SGD([p, p], lr=1e-4, master_weights="split16")
+    for _ in range(200):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert float(p[0]) == pytest.approx(0.96, abs=0.004)

@@ -927,3 +927,59 @@ def test_kernels_for_gpus(case, unit_bytes):
         else:
             assert_same_bits(model, right)
             assert_same_state(*optimizers)
+
+
+# --- masters, and norms that are not finite ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("master", ["fp32", "split16", "split8"])
+def test_masters_outlive_an_evaluation_of_averages(master):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(80, 80).bfloat16()
+    models = [model, copy.deepcopy(model)]
+    ours, plain = (fusedopt.AdamW(m.parameters(), lr=1e-4, ema_decay=0.9, master_weights=master) for m in models)
+    fusedopt.step_in_backward(model, ours)
+    for _ in range(4):
+        x = torch.randn(4, 80).bfloat16()
+        for each, optimizer in zip(models, (ours, plain), strict=True):
+            each(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with optimizer.swap_ema():
+                pass
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(ours.state[p]["master"], plain.state[q]["master"])
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_norm_that_is_not_finite_is_treated_as_in_a_step_after_backward(skips):
+    results = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 8)
+        optimizer = fusedopt.AdamW(model.parameters(), max_grad_norm=1.0, skip_nonfinite=skips)
+        x = torch.ones(2, 8)
+        x[0, 0] = torch.inf
+        if inside:
+            handle = fusedopt.step_in_backward(model, optimizer)
+            loss = model(x).square().sum()
+            with handle.measuring():
+                loss.backward(retain_graph=True)
+            loss.backward()
+        else:
+            model(x).square().sum().backward()
+        optimizer.step()
+        results.append(([p.detach().clone() for p in model.parameters()], int(optimizer.skipped_steps)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
+    assert results[0][1] == skips
+
+
+def test_a_scaler_that_is_off_asks_for_one_pass():
+    model = torch.nn.Linear(8, 8)
+    optimizer = fusedopt.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    fusedopt.step_in_backward(model, optimizer, scaler=scaler)
+    before = model.weight.detach().clone()
+    scaler.scale(model(torch.ones(2, 8)).sum()).backward()
+    scaler.step(optimizer)
+    assert not torch.equal(model.weight, before)
