@@ -178,7 +178,7 @@ def page() -> str:
         triton=triton.__version__,
         bytes=moved,
         ideal=28,
-        faults=len(test_gpu_mutations.KERNEL) + len(test_gpu_mutations.HOST),
+        faults=sum(map(len, (test_gpu_mutations.KERNEL, test_gpu_mutations.HOST, test_gpu_mutations.CODES))),
         overhead=(moved / 28 - 1) * 100,
         registers=table.MOST_REGISTERS["sm_90"],
         rdna=table.MOST_REGISTERS["gfx1100"],

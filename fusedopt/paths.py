@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from fusedopt import low_bit
 from fusedopt.kernels import backends, layout
 from fusedopt.kernels.tables import BY_ADDRESS
+from fusedopt.settings import averaging
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -113,8 +114,11 @@ def explain(optimizer: FusedOptimizer) -> str:
 
 def _short_formats(optimizer: FusedOptimizer, group: dict[str, Any], parameter: Tensor, index: int) -> str:
     """Return what ``group`` asks for beside dtypes, in words."""
+    if not optimizer._step_defaults:
+        return ""
+    update = optimizer._update(group, False)
     try:
-        forms = low_bit.formats(optimizer._update(group, False), group, parameter, index)
+        forms = low_bit.formats(update if group.get("ema_decay") is None else averaging(update), group, parameter, index)
     except RuntimeError as error:
         return f", {error}"
     return "".join(

@@ -37,7 +37,8 @@ _update = functools.cache(Update)
 
 
 @functools.cache
-def _averaging(update: Update) -> Update:
+def averaging(update: Update) -> Update:
+    """Return ``update`` with an average of the weights behind it."""
     clash = set(update.states) & set(weight_average.states)
     if clash:
         raise RuleError(
@@ -62,7 +63,7 @@ class Settings:
         self.switches = [(*(_as_key(group.get(name)) for name in names), self.clipping is not None) for group in groups]
         updates = [optimizer._update(group, decays) for group in groups]
         self.updates = [
-            update if group.get("ema_decay") is None else _averaging(update) for update, group in zip(updates, groups, strict=True)
+            update if group.get("ema_decay") is None else averaging(update) for update, group in zip(updates, groups, strict=True)
         ]
         for group, update in zip(groups, self.updates, strict=True):
             check_names(group.get("state_format"), update)
