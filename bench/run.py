@@ -197,7 +197,7 @@ def run(extent: Extent, choice: Choice, command: str, begin: Callable[[str, int,
 
 
 RECORDED = (
-    *("results", "bfloat16", "host_costs", "gpu_host_costs", "breakdowns", "thread_starts", "launches", "scaling", "busy"),
+    *("results", "bfloat16", "ends", "host_costs", "gpu_host_costs", "breakdowns", "thread_starts", "launches", "scaling", "busy"),
     *("first_steps", "predictions"),
 )
 

@@ -54,7 +54,8 @@ class Adafactor(FusedOptimizer, torch.optim.Adafactor):
 
     Differences from torch:
         - ``fused`` is added: torch 2.13 has no fused Adafactor.
-        - Kernels run on CPUs; parameters elsewhere, and DTensors, whose sums are those of all ranks, go through torch's own.
+        - Kernels run on CPUs; parameters elsewhere, and DTensors, whose sums are those of all ranks, go through torch's own (which
+          torch 2.13 refuses for rows that are sharded).
         - Sums are taken in float64, and the factors of rows and columns rounded once; torch's norms are of the parameter's dtype,
           so that those of float16 overflow at 65,504. bfloat16 and float16 are computed in float32.
         - An ``eps`` whose square is zero in float32, as the 1e-30 of the paper's, keeps what it says: torch's makes NaN of a row

@@ -57,7 +57,7 @@ class Executed:
 
         with self.running(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(driver._Launcher, "__call__", noted)
-            patch.setattr(settings, "_live_number", _number_of_the_device)
+            patch.setattr(settings, "live_number", _number_of_the_device)
             with _Noting(calls):
                 work()
             patch.undo()

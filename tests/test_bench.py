@@ -416,7 +416,7 @@ def whole_run(tmp_path_factory):
     """A run of all parts on tiny cases: its folder, with the report, and its record."""
     folder = tmp_path_factory.mktemp("results")
     cases = {"3x5": TINY, "2x4": Case.equal(2, 4), "resnet50": TINY, "gpt2-small": TINY}
-    extent = run.Extent(0.0, ("3x5", "2x4"), ("3x5",), ("3x5",), ("3x5", "2x4"), ("AdamW",))
+    extent = run.Extent(0.0, ("3x5", "2x4"), ("3x5",), ("3x5",), ("3x5", "2x4"), ("3x5", "2x4"), ("AdamW",))
     with pytest.MonkeyPatch.context() as patch, costs.threads_set(1):
         patch.setattr(run, "CASES", cases)
         patch.setattr(run, "SYNTHETIC", [TINY] * 5)

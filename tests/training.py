@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ASGD": {"lr": 0.1, "t0": 2.0, "weight_decay": 0.01},
     "Rprop": {"lr": 0.01},
     "Lion": {"lr": 0.01, "weight_decay": 0.1},
+    "Adafactor": {"lr": 0.1, "weight_decay": 0.01},
 }
 
 # Those that are no longer torch's own under another name.
