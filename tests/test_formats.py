@@ -401,7 +401,7 @@ def test_formats_change_on_resume(new):
     first = train(make(state_format="8bit"))
     second = make(state_format=new)
     second.load_state_dict(through_a_file(first.state_dict()))
-    assert second.param_groups[0]["state_format"] == new
+    assert second.param_groups[0].get("state_format") == new
     before = first.state_dict(format="torch")["state"][0]
     for param in parameters(second):
         param.grad = torch.zeros_like(param)
@@ -573,4 +573,4 @@ def test_masters_of_a_parameter_that_is_listed_twice_are_kept():
     for _ in range(200):
         p.grad = torch.ones_like(p)
         optimizer.step()
-    assert float(p[0]) == pytest.approx(0.96, abs=0.004)
+    assert float(p.detach()[0]) == pytest.approx(0.96, abs=0.004)
