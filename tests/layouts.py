@@ -54,3 +54,11 @@ def surroundings(tensor: torch.Tensor) -> torch.Tensor:
 def is_untouched(tensor: torch.Tensor) -> bool:
     """Whether everything around the elements of `tensor` is as `place` left it."""
     return bool((surroundings(tensor) == FILLING).all())
+
+
+#: Gradients of a parameter of shape (6, 4) that do not lie as it does.
+ODD_GRADIENTS = {
+    "transposed": lambda: torch.randn(4, 6).t(),
+    "expanded": lambda: torch.randn(1, 4).expand(6, 4),
+    "strided": lambda: torch.randn(6, 8)[:, ::2],
+}

@@ -14,6 +14,7 @@ import fusedopt
 from cases import Case, copies, device_of, draw_gradients, each_class, make_parameters, named
 from fusedopt.kernels import backends, norms
 from fusedopt.kernels.tables import CHUNK
+from layouts import ODD_GRADIENTS
 
 SHAPES = [1, 7, (3, 5), 1000, (), 0, CHUNK + 3]
 MAX_NORMS = [0.5, 1.0, 1e3]  # the last clips nothing
@@ -246,15 +247,11 @@ def test_parameters_that_share_memory_are_refused():
     assert torch.equal(base, before)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
+@pytest.mark.parametrize("layout", ODD_GRADIENTS)
 def test_gradients_in_other_layouts_count(layout):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(6, 4))
-    p.grad = {
-        "transposed": lambda: torch.randn(4, 6).t(),
-        "expanded": lambda: torch.randn(1, 4).expand(6, 4),
-        "strided": lambda: torch.randn(6, 8)[:, ::2],
-    }[layout]()
+    p.grad = ODD_GRADIENTS[layout]()
     norm, before = exact_norm([p]), p.detach().clone()
     optimizer = fusedopt.SGD([p], lr=1.0, max_grad_norm=0.5)
     optimizer.step()

@@ -10,6 +10,7 @@ import torch
 import fusedopt
 from cases import copies, device_of, draw_gradients, each_class, make_parameters, named
 from fusedopt.kernels import backends
+from layouts import ODD_GRADIENTS
 
 SHAPES = [1, 7, (3, 5), 1000, (), 0, 20_000]
 
@@ -139,15 +140,11 @@ def test_parameters_listed_twice_step_twice():
     assert_zero(params)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
+@pytest.mark.parametrize("layout", ODD_GRADIENTS)
 def test_gradients_in_other_layouts(layout):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(6, 4))
-    p.grad = {
-        "transposed": lambda: torch.randn(4, 6).t(),
-        "expanded": lambda: torch.randn(1, 4).expand(6, 4),
-        "strided": lambda: torch.randn(6, 8)[:, ::2],
-    }[layout]()
+    p.grad = ODD_GRADIENTS[layout]()
     other = torch.nn.Parameter(p.detach().clone())
     other.grad = p.grad.clone()
     fusedopt.AdamW([p]).step(zero_grad=True)
