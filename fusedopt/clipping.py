@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.kernels import backends
-from fusedopt.kernels.norms import EPSILON
+from fusedopt.kernels.norms import factor
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def clip_grad_norm_(
             f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it cannot be clipped. "
             "To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
         )
-    factor = float((float(max_norm) / (norm + EPSILON)).clamp(max=1.0))
-    if factor != 1.0:  # also where it is not a number
-        torch._foreach_mul_(gradients, factor)
+    by = factor(float(norm), float(max_norm))
+    if by != 1.0:  # also where it is not a number
+        torch._foreach_mul_(gradients, by)
     return norm.to(torch.promote_types(gradients[0].dtype, torch.float32))

@@ -251,8 +251,6 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
         )
         if clipping is not None and not self._clip(prepared.plan, launches, clipping):
             launches = [None] * len(launches)
-            if zero_grad:
-                layout.zero_gradients(parameters)
         if prepared.torch_indices:  # before the kernels, for it checks while it goes
             self._torch_step([parameters[i] for i in sorted(prepared.torch_indices)], loss_scale)
             prepared.watch(self.state)

@@ -58,15 +58,20 @@ STEP_DEFAULTS: dict[str, Any] = {
 }
 
 
+def check_max_grad_norm(norm: Any) -> None:
+    """Raise ValueError unless ``norm`` can be a ``max_grad_norm``."""
+    if norm is not None and not (isinstance(norm, numbers.Real) and float(norm) > 0):
+        raise ValueError(f"Invalid max_grad_norm: {norm}; it must be a number above 0, or None")
+
+
 def check_options(options: Mapping[str, Any], of: str) -> None:
     """Raise TypeError or ValueError unless ``options``, those of a class named ``of`` or of a group, are known and in range."""
     unknown = sorted(set(options) - set(StepOptions.__annotations__))
     if unknown:
         # In Python's own words, which programs that probe for an argument look for.
         raise TypeError(f"{of}.__init__() got an unexpected keyword argument {unknown[0]!r}")
-    norm, decay = options.get("max_grad_norm"), options.get("ema_decay")
-    if norm is not None and not (isinstance(norm, numbers.Real) and float(norm) > 0):
-        raise ValueError(f"Invalid max_grad_norm: {norm}; it must be a number above 0, or None")
+    check_max_grad_norm(options.get("max_grad_norm"))
+    decay = options.get("ema_decay")
     if decay is not None and not (isinstance(decay, numbers.Real) and 0 <= float(decay) < 1):
         raise ValueError(f"Invalid ema_decay: {decay}; it must be a number in [0, 1), or None")
     low_bit.check(options)

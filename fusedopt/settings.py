@@ -14,6 +14,7 @@ from fusedopt.kernels.rules import decoupled_decay, l2_decay, weight_average
 from fusedopt.kernels.source import RuleError
 from fusedopt.kernels.tables import Hyperparameters
 from fusedopt.low_bit import check_names
+from fusedopt.options import check_max_grad_norm
 from fusedopt.prepared import as_number, same_objects
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ def _clipping(groups: list[dict[str, Any]]) -> Clipping | None:
     given = [group.get("max_grad_norm") for group in groups]
     max_norms = [None if norm is None else as_number(norm) for norm in given]
     for norm in max_norms:
-        if norm is not None and not norm > 0:
-            raise ValueError(f"Invalid max_grad_norm: {norm}; it must be a number above 0, or None")
+        check_max_grad_norm(norm)
     skips = {bool(group.get("skip_nonfinite")) for group in groups}
     if len(skips) > 1:
         raise ValueError("skip_nonfinite must be the same in all groups: a step is left out wholly, or not at all")

@@ -136,20 +136,20 @@ def clip(norms: Tensor, clipping: Clipping) -> Clip:
     """Return what follows from ``norms`` by scope, on their device and without waiting for it."""
     if norms.device.type == "cpu":  # operations of torch would take a tenth of a millisecond
         values = norms.tolist()
-        own = [_factor(value, most) for value, most in zip(values, clipping.max_norms, strict=True)]
+        pairs = zip(values, clipping.max_norms, strict=True)
+        # What is not clipped is left alone, also by a norm that is not a number.
+        own = [1.0 if most is None or most == math.inf else factor(norm, float(most)) for norm, most in pairs]
         factors = torch.tensor([own[scope] for scope in clipping.scope_of_group], dtype=torch.float64, device="cpu")
         return Clip(norms, torch.tensor(all(map(math.isfinite, values)), device="cpu"), factors)
     largest, scopes = _on_device(clipping, norms.device)
-    # What is not clipped is left alone, also by a norm that is not a number.
     factors = torch.where(largest == torch.inf, 1.0, (largest / (norms + EPSILON)).clamp(max=1.0))
     return Clip(norms, norms.isfinite().all(), factors[scopes])
 
 
-def _factor(norm: float, most: float | None) -> float:
-    if most is None or most == math.inf:
-        return 1.0
-    factor = float(most) / (norm + EPSILON)
-    return 1.0 if factor > 1.0 else factor  # and what is not a number stays so
+def factor(norm: float, most: float) -> float:
+    """Return what clips gradients of ``norm`` to ``most``."""
+    found = most / (norm + EPSILON)
+    return 1.0 if found > 1.0 else found  # and what is not a number stays so
 
 
 @functools.lru_cache(maxsize=64)
