@@ -115,8 +115,7 @@ class Adafactor(FusedOptimizer, torch.optim.Adafactor):
             layout.zero_gradients([p for group in self.param_groups for p in group["params"]])
 
     def _update_all(self, loss_scale: LossScale | None) -> None:
-        groups = self.param_groups
-        parameters: list[Tensor] = [p for group in groups for p in group["params"]]
+        groups, parameters = self.param_groups, self._parameters()
         gradients = [p.grad for p in parameters]
         prepared, by_bucket = self._planned(parameters, gradients)
         if loss_scale is not None and loss_scale.grad_scale is not None:
@@ -128,7 +127,7 @@ class Adafactor(FusedOptimizer, torch.optim.Adafactor):
         launches = plan.launches(by_bucket, options)
         if prepared.torch_indices:  # before the kernels, for it checks while it goes
             self._torch_step([parameters[i] for i in sorted(prepared.torch_indices)], None)
-            prepared.watch(self.state)
+            prepared.watch(self.param_groups, self.state)
         plan.run(launches)
         group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
         for wave in prepared.waves:
@@ -145,7 +144,7 @@ class Adafactor(FusedOptimizer, torch.optim.Adafactor):
         key = (switches, backends.state())
         prepared = self._prepared
         # The plans of waves are made, and so checked, anew.
-        if prepared is None or prepared.waves or not prepared.holds(parameters, key, self.state):
+        if prepared is None or prepared.waves or not prepared.holds(parameters, key, self.param_groups, self.state):
             prepared = self._plan(parameters, gradients, key)
         by_bucket: Any = prepared.plan.gradients(gradients) if prepared.plan and prepared.covers(gradients) else None
         if by_bucket is None:
@@ -188,7 +187,7 @@ class Adafactor(FusedOptimizer, torch.optim.Adafactor):
         self._attach_states(plan, first)
         prepared.plan = plan
         prepared.waves = [[member.index for member in wave] for wave in later]
-        prepared.watch(self.state)
+        prepared.watch(self.param_groups, self.state)
         self._prepared = prepared
         return prepared
 

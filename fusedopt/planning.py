@@ -135,7 +135,7 @@ def prepare(
     attach(optimizer, plan, first)
     prepared.plan = plan
     prepared.waves = [[member.index for member in wave] for wave in later]
-    prepared.watch(optimizer.state)
+    prepared.watch(optimizer.param_groups, optimizer.state)
     optimizer._prepared = prepared
     return prepared
 

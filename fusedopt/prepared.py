@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.kernels import tensor_objects
 from fusedopt.kernels.plan import Plan
 
 
@@ -45,15 +46,27 @@ class Prepared:
         self.backends: dict[int, str] = {}
         self.state: object = None
         self.state_dicts: list[Any] = []
+        self._lists: tensor_objects.Lists | None = None
 
-    def holds(self, parameters: list[Tensor], key: object, state: dict[Tensor, Any]) -> bool:
+    def listed(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> list[Tensor] | None:
+        """Return the parameters if the groups' lists of them, and the dict of states, surely hold what they held; or None."""
+        held = self._lists is not None and self._lists.unchanged([group["params"] for group in groups], state)
+        return self.parameters if held else None
+
+    def holds(self, parameters: list[Tensor], key: object, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
         """Whether parameters, options and the dicts of states are those that were planned for."""
-        return (
-            self.key == key
-            and self.state is state
+        if self.key != key:
+            return False
+        if parameters is self.parameters:  # as listed
+            return True
+        held = (
+            self.state is state
             and same_objects(self.parameters, parameters)
             and same_objects(self.state_dicts, list(state.values()))
         )
+        if held:
+            self.watch(groups, state)
+        return held
 
     @property
     def covers_all(self) -> bool:
@@ -70,9 +83,10 @@ class Prepared:
             index in self.indices for index, gradient in enumerate(gradients) if gradient is not None
         )
 
-    def watch(self, state: dict[Tensor, Any]) -> None:
-        """Note the dicts of states as they are now."""
+    def watch(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+        """Note the lists of parameters and the dicts of states as they are now."""
         self.state, self.state_dicts = state, list(state.values())
+        self._lists = tensor_objects.watch_lists([group["params"] for group in groups], state)
 
 
 def as_number(value: Any) -> float:

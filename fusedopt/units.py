@@ -44,11 +44,8 @@ class Norm:
 
     @property
     def norms(self) -> Tensor | None:
-        """The norm, by group where groups clip alone; None where no gradient was there."""
-        if self.outcome is None:
-            return None
-        norms = self.outcome.norms
-        return norms if len(norms) > 1 else norms[0]
+        """The norms by scope; None where no gradient was there."""
+        return None if self.outcome is None else self.outcome.norms
 
 
 class _Part(FusedOptimizer):

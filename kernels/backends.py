@@ -11,7 +11,7 @@ import platform
 import shutil
 import types
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -130,14 +130,14 @@ def run(bucket: Bucket, launch: Launch) -> None:
     _module(bucket.backend).run(bucket, launch)
 
 
-def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: Tensor) -> None:
+def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: Any) -> None:
     """Add the sums of squares of active gradients to ``totals``, in place.
 
     Args:
         bucket: whose backend does it.
         launch: of the step; gradients are unscaled first if it unscales them.
         slots: [tensors], where in ``totals`` each is added.
-        totals: [slots], in float64, on the device that counts the bucket's steps.
+        totals: [slots], in float64: a tensor of the device that counts the bucket's steps, or an array where the host does.
     """
     _module(bucket.backend).add_sums_of_squares(bucket, launch, slots, totals)
 

@@ -106,8 +106,18 @@ from numba import carray, cfunc, float32, float64, njit
 from fusedopt.kernels import cpu_runtime as runtime
 from fusedopt.kernels.cpu_runtime import JIT
 
-LANES = {lanes}
+LANES, PIECE_LANES = {lanes}, {piece_lanes}
 stack = runtime.stack_of_float64(LANES)
+lanes_of_pieces = runtime.stack_of_float64(PIECE_LANES)
+
+
+@njit(**JIT)
+def tree(sums, used):
+    while used > 1:
+        used //= 2
+        for lane in range(used):
+            sums[lane] += sums[used + lane]
+    return sums[0]
 
 
 @njit(**JIT)
@@ -131,11 +141,18 @@ def sum_of_squares(addresses, tensor, start, count, scale):
         sums[lane] = 0.0
     for first in range(0, count, LANES):
         add_row(sums, address + {itemsize} * first, min(LANES, count - first), scale)
-    while used > 1:
-        used //= 2
-        for lane in range(used):
-            sums[lane] += sums[used + lane]
-    return sums[0]
+    return tree(sums, used)
+
+
+@njit("void(float64[::1], int64[:, ::1], int64[::1], float64[::1])", cache=True, **JIT)
+def add_totals(pieces, chunks, slot_of_tensor, totals):
+    lanes = carray(lanes_of_pieces(), PIECE_LANES)
+    for slot in range(totals.size):
+        lanes[:] = 0.0
+        for piece in range(pieces.size):
+            if slot_of_tensor[chunks[piece, 0]] == slot:
+                lanes[piece % PIECE_LANES] += pieces[piece]
+        totals[slot] += tree(lanes, PIECE_LANES)
 '''
 
 
@@ -197,6 +214,7 @@ def sum_source(gradient: Format) -> str:
         itemsize=gradient.itemsize,
         compute=compute,
         lanes=norms.LANES,
+        piece_lanes=norms.PIECE_LANES,
         arrays=2,
         width=1,
         visit=("results[chunk] = sum_of_squares(addresses, tensor, chunks[chunk, 1], chunks[chunk, 2], coefficients[0, 0])"),
@@ -209,8 +227,8 @@ def _kernel(kind: Kind) -> Any:
 
 
 @functools.cache
-def _sum_kernel(gradient: Format) -> Any:
-    return source.load(f"cpu_sum_of_squares_{gradient.name}", sum_source(gradient)).run
+def _sum_module(gradient: Format) -> Any:
+    return source.load(f"cpu_sum_of_squares_{gradient.name}", sum_source(gradient))
 
 
 def prepare(kind: Kind) -> None:
@@ -222,85 +240,97 @@ def prepare(kind: Kind) -> None:
 Tables = tuple["NDArray[numpy.int64]", "NDArray[numpy.int64]", "NDArray[numpy.int64]"]
 
 
-def _header(tables: Tables, elements: int, workers: int) -> NDArray[numpy.int64]:
-    from fusedopt.kernels import cpu_runtime as runtime
+class _Prepared:
+    """What launches with the same tables share.
 
-    addresses, table_of_chunks, _ = tables
-    chunks = len(table_of_chunks)
-    # Neighbours are claimed together, as many as leave a dozen claims to each thread: so memory is read on and on, and small
-    # tensors are not claimed one by one.
-    longest = _LONGEST_CLAIM * chunks // max(1, elements)
-    header = numpy.zeros(runtime.CLAIMED + runtime.LINE * workers, numpy.int64)
-    # What a thread takes in one step is in its cache at the next (AdamW, 1 M elements: 0.35 ms by claims from one region,
-    # 0.27 ms from two).
-    header[runtime.REGIONS] = workers
-    header[[runtime.TENSORS, runtime.CHUNKS]] = addresses.shape[1], chunks
-    header[[runtime.ADDRESS_TABLE, runtime.CHUNK_TABLE, runtime.ROW_TABLE]] = [table.ctypes.data for table in tables]
-    header[runtime.BATCH] = max(1, min(chunks // (12 * workers), longest))
-    return header
+    Args:
+        tables: of the launch.
+        elements: in all chunks.
+        workers: threads at most.
+    """
+
+    def __init__(self, tables: Tables, elements: int, workers: int) -> None:
+        from fusedopt.kernels import cpu_runtime as runtime
+
+        self.tables, self.elements, self.workers = tables, elements, workers
+        addresses, table_of_chunks, _ = tables
+        chunks = len(table_of_chunks)
+        # Neighbours are claimed together, as many as leave a dozen claims to each thread: so memory is read on and on, and
+        # small tensors are not claimed one by one.
+        longest = _LONGEST_CLAIM * chunks // max(1, elements)
+        self._header = header = numpy.zeros(runtime.CLAIMED + runtime.LINE * workers, numpy.int64)
+        # What a thread takes in one step is in its cache at the next (AdamW, 1 M elements: 0.35 ms by claims from one region,
+        # 0.27 ms from two).
+        header[runtime.REGIONS] = workers
+        header[[runtime.TENSORS, runtime.CHUNKS]] = addresses.shape[1], chunks
+        header[[runtime.ADDRESS_TABLE, runtime.CHUNK_TABLE, runtime.ROW_TABLE]] = [table.ctypes.data for table in tables]
+        header[runtime.BATCH] = max(1, min(chunks // (12 * workers), longest))
+        self._sums: tuple[NDArray[numpy.int64], NDArray[Any], NDArray[numpy.float64]] | None = None
+
+    def serves(self, tables: Tables, workers: int) -> bool:
+        """Whether it was made for these."""
+        return self.workers == workers and all(map(operator.is_, self.tables, tables))
+
+    def update(self, kernel: Any, coefficients: NDArray[Any]) -> None:
+        """Run ``kernel`` with rows of ``coefficients``."""
+        from fusedopt.kernels import cpu_runtime as runtime
+
+        header = self._header.copy()  # each launch has its own, which a thread may still read when the next one begins
+        header[runtime.ROWS] = len(coefficients)
+        header[runtime.COEFFICIENT_TABLE] = coefficients.ctypes.data
+        _run(kernel, header, self.tables, self.elements, self.workers, coefficients)
+
+    def add_sums_of_squares(self, form: Format, scale: float, slots: NDArray[numpy.int64], totals: NDArray[numpy.float64]) -> None:
+        """Add the sums of squares of ``scale`` times gradients stored as ``form`` to ``totals``, by slot of each tensor."""
+        from fusedopt.kernels import cpu_runtime as runtime
+
+        if self._sums is None:
+            compute = FORMATS[compute_dtype(form.dtype)].name
+            header, scales, pieces = self._header.copy(), numpy.ones((1, 1), compute), numpy.empty(len(self.tables[1]))
+            header[[runtime.ROWS, runtime.COEFFICIENT_TABLE, runtime.RESULT_TABLE]] = 1, scales.ctypes.data, pieces.ctypes.data
+            self._sums = header, scales, pieces
+        header, scales, pieces = self._sums
+        scales[0, 0] = scale
+        module = _sum_module(form)
+        _run(module.run, header.copy(), self.tables, self.elements, self.workers, scales, pieces)
+        module.add_totals(pieces, self.tables[1], slots, totals)
 
 
-def _tables(launch: Launch) -> Tables:
-    return launch.addresses, launch.chunks, launch.row_of_tensor
-
-
-def _header_of(bucket: Bucket, launch: Launch) -> NDArray[numpy.int64]:
-    tables = _tables(launch)
-    workers = torch.get_num_threads()
+def _prepared(bucket: Bucket, launch: Launch) -> _Prepared:
+    tables, workers = (launch.addresses, launch.chunks, launch.row_of_tensor), torch.get_num_threads()
     known = bucket.tables
-    if known is None or known[0] != workers or not all(map(operator.is_, known[1], tables)):
-        known = bucket.tables = (workers, tables, _header(tables, launch.elements, workers))
-    header: NDArray[numpy.int64] = known[2].copy()
-    return header  # each launch has its own, which a thread may still read when the next one begins
+    if known is None or not known.serves(tables, workers):
+        known = bucket.tables = _Prepared(tables, launch.elements, workers)
+    found: _Prepared = known
+    return found
 
 
 def run(bucket: Bucket, launch: Launch) -> None:
     """Update the active tensors of ``bucket`` in place."""
-    from fusedopt.kernels import cpu_runtime as runtime
-
     assert launch.coefficients is not None
-    header = _header_of(bucket, launch)
-    header[runtime.ROWS] = len(launch.coefficients)
-    header[runtime.COEFFICIENT_TABLE] = launch.coefficients.ctypes.data
-    _run(_kernel(launch.kind), header, _tables(launch), launch.elements, launch.coefficients)
+    _prepared(bucket, launch).update(_kernel(launch.kind), launch.coefficients)
 
 
-def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: Tensor) -> None:
+def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: NDArray[numpy.float64]) -> None:
     """Add the sums of squares of active gradients to ``totals``, by slot."""
     assert launch.coefficients is not None
     if len(launch.chunks):
         # The inverse loss scale is the first of each row, and the same in all.
-        scale = launch.coefficients[:1, :1].copy()
-        header = _header_of(bucket, launch)
-        sums = _sums_of_squares(launch.kind.formats[1], _tables(launch), launch.elements, scale, header)
-        totals += torch.from_numpy(norms.totals(sums, slots[launch.chunks[:, 0]], len(totals)))
+        _prepared(bucket, launch).add_sums_of_squares(launch.kind.formats[1], launch.coefficients[0, 0], slots, totals)
 
 
 def sum_of_squares(tensors: Sequence[Tensor], form: Format) -> float:
     """Return the sum of squares of dense ``tensors`` stored as ``form``, each in the order of its memory."""
     addresses = numpy.array([[0] * len(tensors), [tensor.data_ptr() for tensor in tensors]], numpy.int64)
     sizes = numpy.array([tensor.numel() for tensor in tensors], numpy.int64)
-    tables = addresses, chunk_table(sizes, CHUNK), numpy.zeros(len(tensors), numpy.int64)
-    if not len(tables[1]):
-        return 0.0
-    scale, elements = numpy.ones((1, 1), FORMATS[compute_dtype(form.dtype)].name), int(sizes.sum())
-    sums = _sums_of_squares(form, tables, elements, scale, _header(tables, elements, torch.get_num_threads()))
-    return float(norms.totals(sums, tables[2], 1)[0])
+    chunks, of_one_slot, total = chunk_table(sizes, CHUNK), numpy.zeros(len(tensors), numpy.int64), numpy.zeros(1)
+    if len(chunks):
+        prepared = _Prepared((addresses, chunks, of_one_slot), int(sizes.sum()), torch.get_num_threads())
+        prepared.add_sums_of_squares(form, 1.0, of_one_slot, total)
+    return float(total[0])
 
 
-def _sums_of_squares(
-    form: Format, tables: Tables, elements: int, scale: NDArray[Any], header: NDArray[numpy.int64]
-) -> NDArray[numpy.float64]:
-    """Return the sum of squares of ``scale`` times the gradient in each chunk."""
-    from fusedopt.kernels import cpu_runtime as runtime
-
-    sums = numpy.empty(len(tables[1]))
-    header[[runtime.ROWS, runtime.COEFFICIENT_TABLE, runtime.RESULT_TABLE]] = 1, scale.ctypes.data, sums.ctypes.data
-    _run(_sum_kernel(form), header, tables, elements, scale, sums)
-    return sums
-
-
-def _run(kernel: Any, header: NDArray[numpy.int64], tables: Tables, elements: int, *others: NDArray[Any]) -> None:
+def _run(kernel: Any, header: NDArray[numpy.int64], tables: Tables, elements: int, workers: int, *others: NDArray[Any]) -> None:
     from fusedopt.kernels import threads
 
-    threads.run(kernel, header, (*tables, *others), elements, torch.get_num_threads())
+    threads.run(kernel, header, (*tables, *others), elements, workers)

@@ -100,6 +100,8 @@ class Slots:
 
     def norms(self, squares: Tensor) -> Tensor:
         """Return the norm of each scope, from sums of squares by slot; ranks that share tensors exchange theirs."""
+        if self.shardings == [None]:
+            return squares.sqrt()
         total = torch.zeros(self.scopes, dtype=torch.float64, device=squares.device)
         for sharding, own in zip(self.shardings, squares.view(-1, self.scopes), strict=True):
             if sharding is not None:
@@ -118,13 +120,18 @@ class Clip:
 
     Args:
         norms: by scope, in float64.
-        finite: whether all are, one bool.
-        factors: by group, what its gradients are multiplied by, in float64.
+        all_finite: whether all are; of Python where the host knows it.
+        factors: by group, what its gradients are multiplied by, in float64; an array where the host knows it.
     """
 
     norms: Tensor
-    finite: Tensor
-    factors: Tensor
+    all_finite: Tensor | bool
+    factors: Tensor | NDArray[numpy.float64]
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all norms are finite, one bool."""
+        return self.all_finite if isinstance(self.all_finite, Tensor) else torch.tensor(self.all_finite, device="cpu")
 
     def joined(self, found_inf: Tensor | float | None) -> Tensor:
         """Return a number that is not zero where ``found_inf`` is not, and where a norm is not finite."""
@@ -134,13 +141,12 @@ class Clip:
 
 def clip(norms: Tensor, clipping: Clipping) -> Clip:
     """Return what follows from ``norms`` by scope, on their device and without waiting for it."""
-    if norms.device.type == "cpu":  # operations of torch would take a tenth of a millisecond
+    if norms.device.type == "cpu":  # on so few numbers operations of torch take longer than Python
         values = norms.tolist()
         pairs = zip(values, clipping.max_norms, strict=True)
         # What is not clipped is left alone, also by a norm that is not a number.
         own = [1.0 if most is None or most == math.inf else factor(norm, float(most)) for norm, most in pairs]
-        factors = torch.tensor([own[scope] for scope in clipping.scope_of_group], dtype=torch.float64, device="cpu")
-        return Clip(norms, torch.tensor(all(map(math.isfinite, values)), device="cpu"), factors)
+        return Clip(norms, all(map(math.isfinite, values)), numpy.array([own[scope] for scope in clipping.scope_of_group]))
     largest, scopes = _on_device(clipping, norms.device)
     factors = torch.where(largest == torch.inf, 1.0, (largest / (norms + EPSILON)).clamp(max=1.0))
     return Clip(norms, norms.isfinite().all(), factors[scopes])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ class Layout:
         no_gradient: what stands there if there is none.
         count: in a version counter, the byte at which the count stands.
         dict_version: in a dict of Python, what changes whenever the dict does; None where there is no such word.
+        lists: whether the length of a list of Python, and the pointer to its items, are where they are known to be.
     """
 
     handle: int
@@ -57,6 +59,7 @@ class Layout:
     no_gradient: int
     count: int
     dict_version: int | None
+    lists: bool
 
 
 class _UnexpectedError(Exception):
@@ -142,6 +145,7 @@ def _find_layout() -> Layout:
         none[gradient],
         count,
         _dict_version(),
+        _lists_are_known(),
     )
     _try(found)
     return found
@@ -184,6 +188,22 @@ def _dict_version() -> int | None:
     before = words_at(id(held), DICT_VERSION + 1)[DICT_VERSION]
     _ = held.get("step"), list(held.items()), held.copy(), len(held)
     return DICT_VERSION if words_at(id(held), DICT_VERSION + 1)[DICT_VERSION] == before else None
+
+
+#: The words of CPython's list, where a lock for all threads guards it.
+LIST_LENGTH, LIST_ITEMS = 2, 3
+
+
+def _lists_are_known() -> bool:
+    """Whether a list has its length and the pointer to its items at their places."""
+    if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return False
+    for length in (1, 1013):
+        held = [object() for _ in range(length)]
+        words = words_at(id(held), LIST_ITEMS + 1)
+        if words[LIST_LENGTH] != length or words_at(words[LIST_ITEMS], length) != list(map(id, held)):
+            return False
+    return True
 
 
 def _try(found: Layout) -> None:

@@ -233,13 +233,13 @@ class Part:
         starts = launch.addresses[1, active]
         return numpy.stack([starts, starts + bucket.sizes[active] * bucket.kind.formats[1].itemsize])
 
-    def clip(self, launch: Launch, factors: Tensor) -> None:
+    def clip(self, launch: Launch, factors: Tensor | NDArray[numpy.float64]) -> None:
         """Have the gradients of each group multiplied by its factor."""
         if launch.coefficients is None:
-            launch.factors = factors
+            launch.factors = factors if isinstance(factors, Tensor) else torch.from_numpy(factors)
         else:
             # The sign of the gradient is a factor of it already.
-            own = factors.cpu().numpy()[launch.group_of_row]
+            own = (factors.cpu().numpy() if isinstance(factors, Tensor) else factors)[launch.group_of_row]
             launch.coefficients[:, 1] *= own.astype(launch.coefficients.dtype)
 
     def run(self, launch: Launch) -> None:

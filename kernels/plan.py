@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy
 import torch
@@ -137,22 +138,28 @@ class Plan:
             buckets = [part.bucket for part in self.parts]
             self._slots = clipping, Slots([(bucket.held_parameters, bucket.groups.tolist()) for bucket in buckets], clipping)
         slots = self._slots[1]
-        by_device = {torch.device("cpu"): torch.zeros(slots.count, dtype=torch.float64, device="cpu")}
+        host = numpy.zeros(slots.count)
+        by_device: dict[torch.device, Tensor] = {}
         pairs = [
             (part, launch, own)
             for part, launch, own in zip(self.parts, launches, slots.of_tensors, strict=True)
             if launch is not None
         ]
         for part, launch, own in pairs:
-            # What a host adds up is on its own.
-            device = part.bucket.parameters[0].device if part.bucket.on_device else torch.device("cpu")
-            if device not in by_device:
-                by_device[device] = torch.zeros(slots.count, dtype=torch.float64, device=device)
-            backends.add_sums_of_squares(part.bucket, launch, own, by_device[device])
-        host, *others = by_device.values()
-        total = others[0] if others else host
-        for other in ([host] if others and not all(part.bucket.on_device for part, _, _ in pairs) else []) + others[1:]:
-            total = total + other.to(total.device)
+            totals: Any = host
+            if part.bucket.on_device:
+                device = part.bucket.parameters[0].device
+                if device not in by_device:
+                    by_device[device] = torch.zeros(slots.count, dtype=torch.float64, device=device)
+                totals = by_device[device]
+            backends.add_sums_of_squares(part.bucket, launch, own, totals)
+        total = torch.from_numpy(host)
+        if by_device:
+            first, *others = by_device.values()
+            on_host = not all(part.bucket.on_device for part, _, _ in pairs)
+            for other in ([total] if on_host else []) + others:
+                first = first + other.to(first.device)
+            total = first
         outcome = clip(slots.norms(total), clipping)
         for part, launch, _ in pairs:
             part.clip(launch, outcome.factors)

@@ -71,7 +71,7 @@ def run_on_tensors(bucket: Bucket, launch: Launch) -> None:
     _run(bucket, launch, names, lambda t: t, lambda t: t, lambda row: row.tolist())
 
 
-def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: Tensor) -> None:
+def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int64], totals: NDArray[numpy.float64]) -> None:
     """Add the sums of squares of active gradients to ``totals``, by slot; on tensors in whatever order torch adds."""
     assert launch.coefficients is not None
     scale = launch.coefficients[0, 0]
@@ -83,7 +83,7 @@ def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int
             gradient = layout.local(layout.sharded_as(gradient, bucket.held_parameters[index]))
         gradient = layout.real(gradient.detach()).to(launch.kind.compute.dtype)
         if bucket.backend == "tensor":
-            totals[slots[index]] += (gradient * float(scale)).double().square().sum().cpu()
+            totals[slots[index]] += (gradient * float(scale)).double().square().sum().item()
             continue
         # In the order of the parameter's memory, as kernels go.
         dense = torch.empty_like(layout.real(parameter.detach()), dtype=gradient.dtype).copy_(gradient)
@@ -92,4 +92,4 @@ def add_sums_of_squares(bucket: Bucket, launch: Launch, slots: NDArray[numpy.int
             first, count = launch.chunks[chunk, 1:]
             of_pieces[chunk] = norms.sum_of_squares(numbers[first : first + count])
     if bucket.backend == "numpy":
-        totals += torch.from_numpy(norms.totals(of_pieces, slots[launch.chunks[:, 0]], len(totals)))
+        totals += norms.totals(of_pieces, slots[launch.chunks[:, 0]], len(totals))

@@ -281,7 +281,7 @@ class Bucket:
         self._rows: list[tuple[int, int]] | None = None
         #: For which tensors, and for which numbers, the rows hold.
         self._rows_active: NDArray[numpy.bool_] | None = None
-        self._rows_numbers: NDArray[Any] = numpy.zeros(0)
+        self._rows_numbers = b""
         self._row_of_tensor: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
 
     def _set_scalars(self, scalars: Tensor) -> None:
@@ -373,7 +373,7 @@ class Bucket:
             self.numbers[1:, active] = launch.scalars[rows].T
         self.numbers[0] += 1 if active is self.everyone else active
         torch.autograd.graph.increment_version([self.scalars])
-        self._rows_numbers = self.numbers.copy()  # those that advance together stay together
+        self._rows_numbers = self.numbers.tobytes()  # those that advance together stay together
 
     def rows(self, active: NDArray[numpy.bool_]) -> tuple[list[tuple[int, int]], NDArray[numpy.int64]]:
         """Return the distinct (group, tensor that represents it) of active tensors, and each tensor's index into them.
@@ -381,7 +381,7 @@ class Bucket:
         Tensors of a group that have taken equally many steps, and agree in other scalars, share a row of coefficients.
         """
         # Rows hold until other tensors advance, or somebody writes a number.
-        if self._rows is not None and self._rows_active is active and numpy.array_equal(self.numbers, self._rows_numbers):
+        if self._rows is not None and self._rows_active is active and self.numbers.tobytes() == self._rows_numbers:
             return self._rows, self._row_of_tensor
         keys = numpy.concatenate([self.groups[None], self.numbers.astype(numpy.float64)])[:, active]
         _, first, inverse = numpy.unique(keys, axis=1, return_index=True, return_inverse=True)

@@ -10,6 +10,7 @@ could not be found.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.kernels import source
-from fusedopt.kernels.object_layout import DICT_VERSION, WORD, layout, words_at
+from fusedopt.kernels.object_layout import DICT_VERSION, LIST_ITEMS, LIST_LENGTH, WORD, layout, words_at
 
 if TYPE_CHECKING:
     from fusedopt.kernels.tables import Bucket
@@ -44,13 +45,20 @@ def same_kind(tensor, row):
 
 @njit(**JIT)
 def same_place(tensor, row):
-    storage = word(tensor, {storage})
-    if storage != row[0]:
+    # By the noted storage, once it is known to be the same: its memory can be read before the tensor's is there.
+    noted = row[0]
+    if word(tensor, {storage}) != noted:
         return False
     difference = word(tensor, {offset}) ^ row[1]
     for i, place in enumerate({memory}):
-        difference |= word(storage, place) ^ row[2 + i]
+        difference |= word(noted, place) ^ row[2 + i]
     return difference == 0
+
+
+@njit(**JIT)
+def gradient_of(autograd, no_gradient):
+    gradient = no_gradient if autograd == 0 else word(autograd, {gradient})
+    return 0 if gradient == no_gradient else gradient
 
 
 @njit("void(int64[:, ::1], int64[::1], int64[:, ::1], int64[:, ::1], int64[:, ::1])", cache=True, **JIT)
@@ -71,39 +79,53 @@ def note(tensors, gradients, places, kinds, gradient_kinds):
             gradient_kinds[i, {deleter_place}] = word(word(gradients[i], {storage}), {deleter})
 
 
+# A tensor's words lie anywhere in memory. Each loop reads what its turns do not wait for each other to find, so that a
+# processor has many of them on their way at once.
 @njit(
-    "boolean(int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[:, ::1], int64, int64, "
-    "int64[::1], int64[::1])",
+    "boolean(int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[:, ::1], int64[:, ::1], "
+    "int64, int64, int64[::1], int64[::1])",
     cache=True,
     **JIT
 )
-def unchanged(objects, tensors, places, kinds, gradient_kinds, lengths, addresses, itemsize, no_gradient, dicts, versions):
+def unchanged(
+    objects, tensors, places, kinds, gradient_kinds, lengths, addresses, found, itemsize, no_gradient, dicts, versions
+):
+    count = tensors.shape[1]
     for i in range(dicts.size):
         if word(dicts[i], {dict_place}) != versions[i]:
             return False
     for row in range(tensors.shape[0]):
-        for i in range(tensors.shape[1]):
+        for i in range(count):
             if word(objects[row, i], {handle}) != tensors[row, i]:  # and the old one may be gone
                 return False
-            if not same_place(tensors[row, i], places[row * tensors.shape[1] + i]):
-                return False
-    for i in range(tensors.shape[1]):
-        tensor = tensors[0, i]
-        if not same_kind(tensor, kinds[i]):
+    for i in range(count):
+        if not same_kind(tensors[0, i], kinds[i]):
             return False
-        autograd = word(tensor, {autograd})
-        gradient = no_gradient if autograd == 0 else word(autograd, {gradient})
-        if gradient == no_gradient or gradient == 0:
+        found[0, i] = word(tensors[0, i], {autograd})
+    for i in range(count):
+        found[0, i] = gradient_of(found[0, i], no_gradient)
+    for row in range(tensors.shape[0]):
+        for i in range(count):
+            if not same_place(tensors[row, i], places[row * count + i]):
+                return False
+    for i in range(count):
+        gradient = found[0, i]
+        if gradient == 0:
             if gradient_kinds[i, 0] != 0:  # the class of a gradient that was there
                 return False
             continue
         if not same_kind(gradient, gradient_kinds[i]):
             return False
-        storage = word(gradient, {storage})
+        found[1, i] = word(gradient, {storage})
+        found[2, i] = itemsize * word(gradient, {offset})
+    for i in range(count):
+        if found[0, i] == 0:
+            continue
+        storage = found[1, i]
         if word(storage, {deleter}) != gradient_kinds[i, {deleter_place}]:
             return False
         start = word(storage, {data})
-        address = start + itemsize * word(gradient, {offset})
+        address = start + found[2, i]
         distance = address - addresses[0, i]
         if lengths[i] > 0 and (start == 0 or (distance != 0 and -lengths[i] < distance < lengths[i])):
             return False
@@ -123,12 +145,26 @@ def count_versions(tensors):
 @njit("void(int64[:, ::1], int64)", cache=True, **JIT)
 def count_gradient_versions(tensors, no_gradient):
     for i in range(tensors.shape[1]):
-        autograd = word(tensors[0, i], {autograd})
-        gradient = no_gradient if autograd == 0 else word(autograd, {gradient})
-        if gradient != no_gradient and gradient != 0:
+        gradient = gradient_of(word(tensors[0, i], {autograd}), no_gradient)
+        if gradient != 0:
             counter = word(gradient, {version})
             if counter != 0:
                 add_to_count(counter + {count})
+
+
+# The items of a list are compared by their addresses, and not touched themselves.
+@njit("boolean(int64[::1], int64[::1], int64[::1])", cache=True, **JIT)
+def same_items(lists, lengths, noted):
+    place = 0
+    for i in range(lists.size):
+        if word(lists[i], {list_length}) != lengths[i]:
+            return False
+        items = word(lists[i], {list_items})
+        for j in range(lengths[i]):
+            if word(items, j) != noted[place + j]:
+                return False
+        place += lengths[i]
+    return True
 '''
 
 
@@ -145,6 +181,8 @@ def _functions() -> Any:
         memory=tuple(range(found.data, found.storage_end)),
         deleter_place=len(found.kind),
         dict_place=found.dict_version or 0,
+        list_length=LIST_LENGTH,
+        list_items=LIST_ITEMS,
     )
     return source.load("tensor_objects", text)
 
@@ -174,7 +212,7 @@ class Watch:
         self.watches_dicts = found.dict_version is not None
         self._dicts = list(dicts) if self.watches_dicts else []
         places = numpy.array([id(each) for each in self._dicts], numpy.int64)
-        versions = [words_at(id(each) + WORD * DICT_VERSION, 1)[0] for each in self._dicts]
+        versions = [_version_of(each) for each in self._dicts]
         self._arguments = (
             numpy.array([[id(tensor) for tensor in column] for column in columns], numpy.int64),
             self._tensors,
@@ -183,6 +221,7 @@ class Watch:
             self._gradient_kinds,
             bucket.bytes,
             bucket.addresses,
+            numpy.zeros((3, len(gradients)), numpy.int64),
             max(itemsizes, default=1),  # all of one format
             found.no_gradient,
             places,
@@ -213,3 +252,43 @@ def watch(bucket: Bucket, dicts: Sequence[dict[str, Any]], gradients: Sequence[T
     if layout() is None or any(tensor.dim() > _MOST_DIMENSIONS for tensor in (*bucket.written, *present)):
         return None
     return Watch(bucket, dicts, gradients)
+
+
+class Lists:
+    """What was noted of lists and of a dict: whether they hold the very objects that they held.
+
+    Args:
+        lists: of objects that outlive the watch.
+        mapping: a dict.
+    """
+
+    def __init__(self, lists: Sequence[list[Any]], mapping: dict[Any, Any]) -> None:
+        self._lists, self._mapping = list(lists), mapping
+        self._version = _version_of(mapping)
+        self._arguments = (
+            numpy.array([id(each) for each in self._lists], numpy.int64),
+            numpy.array([len(each) for each in self._lists], numpy.int64),
+            numpy.array([id(item) for each in self._lists for item in each], numpy.int64),
+        )
+        self._same_items = _functions().same_items
+
+    def unchanged(self, lists: Sequence[list[Any]], mapping: dict[Any, Any]) -> bool:
+        """Whether these are the same lists and the same dict, and hold what they held."""
+        return (
+            mapping is self._mapping
+            and _version_of(mapping) == self._version
+            and len(lists) == len(self._lists)
+            and all(map(operator.is_, lists, self._lists))
+            and bool(self._same_items(*self._arguments))
+        )
+
+
+def _version_of(mapping: dict[Any, Any]) -> int:
+    return words_at(id(mapping) + WORD * DICT_VERSION, 1)[0]
+
+
+def watch_lists(lists: Sequence[list[Any]], mapping: dict[Any, Any]) -> Lists | None:
+    """Return a watch over ``lists`` and ``mapping``, or None where their objects cannot be read."""
+    found = layout()
+    exact = all(type(each) is list for each in lists) and isinstance(mapping, dict)
+    return Lists(lists, mapping) if exact and found is not None and found.dict_version is not None and found.lists else None

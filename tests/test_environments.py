@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
 from cases import copies, draw_gradients, make_parameters, named
@@ -184,3 +185,36 @@ def test_group_without_parameters(case):
     draw_gradients(params)
     checked_step(case, optimizer)
     assert len(optimizer.explain().splitlines()) == 1
+
+
+def test_hooks_of_steps_run_whenever_they_are_there():
+    params = make_parameters([(3,)])
+    draw_gradients(params)
+    optimizer, calls = fusedopt.AdamW(params), []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("global, before")),
+        optimizer.register_step_pre_hook(lambda *_: calls.append("own, before")),
+        optimizer.register_step_post_hook(lambda *_: calls.append("own, after")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("global, after")),
+    ]
+    every = ["global, before", "own, before", "own, after", "global, after"]
+    try:
+        for name, handle in zip(every, handles, strict=True):
+            optimizer.step()
+            assert calls == every[every.index(name) :]
+            calls.clear()
+            handle.remove()
+    finally:
+        for handle in handles:
+            handle.remove()
+    optimizer.step()
+    assert calls == []
+
+
+def test_profilers_see_steps_by_their_class():
+    params = make_parameters([(3,)])
+    draw_gradients(params)
+    optimizer = fusedopt.AdamW(params)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        optimizer.step()
+    assert [event.name for event in seen.events()].count("Optimizer.step#AdamW.step") == 1

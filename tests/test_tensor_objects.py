@@ -171,6 +171,44 @@ def test_more_dimensions_than_an_object_holds_are_not_watched():
     assert optimizer._prepared.plan.parts[0]._watch is None
 
 
+def set_state(optimizer):
+    optimizer.state = type(optimizer.state)(dict, optimizer.state)
+
+
+LIST_CHANGES = {
+    "parameter replaced": lambda o: o.param_groups[0]["params"].__setitem__(1, torch.nn.Parameter(torch.zeros(6, 8))),
+    "parameters exchanged": lambda o: o.param_groups[0]["params"].reverse(),
+    "parameter added": lambda o: o.param_groups[0]["params"].append(torch.nn.Parameter(torch.zeros(3))),
+    "parameter removed": lambda o: o.param_groups[0]["params"].pop(),
+    "list replaced by an equal one": lambda o: o.param_groups[0].update(params=list(o.param_groups[0]["params"])),
+    "group added": lambda o: o.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]}),
+    "state replaced by an equal one": lambda o: o.state.update({o.param_groups[0]["params"][0]: {}}),
+    "state deleted": lambda o: o.state.popitem(),
+    "states replaced by equal ones": set_state,
+}
+
+
+@pytest.mark.parametrize("change", LIST_CHANGES, ids=lambda name: name.replace(" ", "-"))
+def test_changes_of_lists_are_noticed(watched, change):
+    optimizer, params, _ = watched
+    listed = optimizer._prepared.listed(optimizer.param_groups, optimizer.state)
+    assert list(map(id, listed)) == list(map(id, params))
+    LIST_CHANGES[change](optimizer)
+    assert optimizer._prepared.listed(optimizer.param_groups, optimizer.state) is None
+
+
+def test_lists_are_noted_again_once_all_is_found_as_it_was(watched):
+    optimizer, *_ = watched
+    prepared = optimizer._prepared
+    stray = torch.zeros(1)
+    optimizer.state[stray] = {}
+    del optimizer.state[stray]
+    assert prepared.listed(optimizer.param_groups, optimizer.state) is None
+    optimizer.step()
+    assert optimizer._prepared is prepared
+    assert prepared.listed(optimizer.param_groups, optimizer.state) is prepared.parameters
+
+
 @each_case
 @pytest.mark.parametrize("known", ["nothing", "all but dicts"])
 def test_steps_are_the_same_where_objects_cannot_be_read(case, known, monkeypatch):
