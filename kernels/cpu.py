@@ -89,7 +89,7 @@ def update_chunk(addresses, tensor, start, count, c):
 # Where numbers have codes, these come between.
 _CODES_TEMPLATE = """\
 from fusedopt.kernels import cpu_codes
-from fusedopt.kernels.cpu_codes import bits, from_bits, higher, lower, real, truncate, word
+from fusedopt.kernels.cpu_codes import bits, from_bits, higher, lower, moved, real, truncate, word
 
 
 {codes}

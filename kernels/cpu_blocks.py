@@ -47,7 +47,7 @@ def _draw(slots: list[int], drawn: set[int], kept: set[int]) -> list[str]:
             continue
         drawn.add(number)
         other = f"word(other_key + {0x3C6EF372 * number % 2**32})" if number else "other_key"
-        lines.append(f"random_{number} = scramble(word(index + word(i)), key, {other})")
+        lines.append(f"random_{number} = scramble(moved(index, i), key, {other})")
         if number in kept:
             lines.append(f"random_{number}_kept[i] = random_{number}")
     return lines

@@ -71,6 +71,18 @@ def truncate(x):
 float32 = types.float32
 
 
+@intrinsic
+def moved(typing_context, index, places):
+    """Return the word ``places`` behind ``index``."""
+
+    def generate(context, builder, signature, arguments):
+        # In LLVM's words: as a sum of Numba's the loop counts in vectors of 64 bits, which a tenth of its time goes into.
+        index, places = arguments
+        return builder.add(index, builder.trunc(places, ir.IntType(32)))
+
+    return types.uint32(types.uint32, types.int64), generate
+
+
 def _chooser(comparison):
     @intrinsic
     def choose(typing_context, a, b):
