@@ -23,6 +23,8 @@ PERIOD = 65_537
 #: Bytes that an element takes in a contest of AdamW's large cases: parameter, gradient and two states of two optimizers,
 #: and the four arrays of the memory limit.
 CONTEST_BYTES = 3 * 16
+#: And in each of the contest's other optimizers, with some room for what they allocate during a step.
+OPTIMIZER_BYTES = 20
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 #: Packages whose versions a report states, where they are installed.
-PACKAGES = ("torch", "numba", "numpy", "triton", "deepspeed", "bitsandbytes", "torchao", "torch-optimi")
+PACKAGES = ("torch", "numba", "numpy", "triton", "deepspeed", "bitsandbytes", "torchao", "torch-optimi", "flashoptim")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import statistics
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import cases, roofline
 from .cases import Case, Optimizer
@@ -50,28 +52,42 @@ class Timing:
         subject: its name.
         wrong: why it was not timed.
         error_ulps: the largest error of any parameter, before anything is timed.
+        error: the relative L2 error of the way that all parameters have come, before anything is timed.
         milliseconds: of a step.
         moved_milliseconds: of a step that finds its gradients at new addresses.
         ratio: time of the baseline over that of this one, round by round.
         moved_ratio: the same where gradients have moved.
         gigabytes_per_second: bytes that the step has to move, over its time.
         share_of_limit: this rate over that of the memory limit, round by round.
+        ratio_to_ours: its time over that of ours, round by round.
+        kept_bytes: of states, for an element.
+        moved_bytes: that a step has to read and write, for an element.
     """
 
     subject: str
     wrong: str | None = None
     error_ulps: float | None = None
+    error: float | None = None
     milliseconds: Spread | None = None
     moved_milliseconds: Spread | None = None
     ratio: Spread | None = None
     moved_ratio: Spread | None = None
     gigabytes_per_second: float | None = None
     share_of_limit: Spread | None = None
+    ratio_to_ours: Spread | None = None
+    kept_bytes: float | None = None
+    moved_bytes: float | None = None
 
 
 @dataclass
 class Result:
-    """One contest: an optimizer on a case. `baseline` is the subject that ratios refer to."""
+    """One contest: an optimizer on a case.
+
+    Args:
+        baseline: the subject that ratios refer to.
+        ours: the subject that ratios to ours refer to.
+        left_out: why nothing was measured.
+    """
 
     optimizer: str
     case: str
@@ -82,6 +98,8 @@ class Result:
     bytes_per_element: int = 0
     rounds: int = 0
     baseline: str | None = None
+    ours: str | None = None
+    left_out: str | None = None
     limit_gigabytes_per_second: Spread | None = None
     timings: list[Timing] = field(default_factory=list)
 
@@ -107,6 +125,16 @@ class Entrant:
         parameter = self.parameters[0]
         states = [part for part in self._built.state[parameter].values() if getattr(part, "shape", None) == parameter.shape]
         return [parameter.itemsize, parameter.itemsize, *(state.itemsize for state in states)]
+
+    def kept_bytes(self) -> float:
+        """Bytes of all states, for an element; numbers such as a step count are left out."""
+        states = [part for state in self._built.state.values() for part in state.values() if isinstance(part, Tensor)]
+        return sum(_nbytes(part) for part in states if part.dim()) / self._case.elements
+
+    def moved_bytes(self) -> float:
+        """Bytes that a step has to read and write, for an element: everything is read, and all but the gradient is written."""
+        itemsize = self.subject.dtype.itemsize
+        return 3 * itemsize + 2 * self.kept_bytes()
 
     def take(self, seconds: float) -> float:
         """Take steps for some seconds, one at least; return the mean seconds of one."""
@@ -175,6 +203,7 @@ def measure(
     seconds: float,
     turn_seconds: float = TURN_SECONDS,
     baseline_names: Collection[str] | None = None,
+    ours_name: str | None = None,
 ) -> Result:
     """Check each of `subjects` on `case`, and time those that are right.
 
@@ -185,6 +214,7 @@ def measure(
         seconds: about how long to measure, twice: with the same gradients, and with moved ones.
         turn_seconds: about how long a turn takes.
         baseline_names: the subjects of which the fastest is the baseline.
+        ours_name: the one of ours that others' ratios to ours refer to; default: the first.
     """
     device = subjects[0].device
     names = baseline(optimizer, device) if baseline_names is None else baseline_names
@@ -195,25 +225,21 @@ def measure(
     for subject in subjects:
         timing = timings[subject.name]
         try:
-            entrant, timing.error_ulps = checked(subject, optimizer, case)
+            entrant, errors = checked(subject, optimizer, case)
         except Exception as error:  # Other packages fail in any way, as where a compiler is missing; the report says how.
             timing.wrong = f"fails: {_brief(error)}"
             continue
-        # Written so that NaN is wrong.
-        if timing.error_ulps <= subject.allowed_ulps:
+        timing.error_ulps, timing.error = errors.ulps, errors.relative
+        timing.wrong = errors.beyond(subject)
+        if timing.wrong is None:
             entrants[subject.name] = entrant
-        else:
-            timing.wrong = (
-                f"off by {timing.error_ulps:.3g} ulps from torch's for-loop in float64 after {CHECKED_STEPS} steps; "
-                f"{subject.allowed_ulps:g} are allowed"
-            )
     if not entrants:
         return result
     ours = [name for name in entrants if name.startswith("fusedopt")]
     itemsizes = entrants[ours[0] if ours else next(iter(entrants))].itemsizes()
     result.bytes_per_element = roofline.bytes_moved(itemsizes)
     limit = (roofline.CudaLimit if device == "cuda" else roofline.CpuLimit)(case.elements, itemsizes, torch.get_num_threads())
-    regular = {LIMIT, *ours, *names}
+    regular = {LIMIT, *ours, *names, *(subject.name for subject in subjects if subject.every_round)}
 
     times = interleaved({LIMIT: limit.take, **{n: e.take for n, e in entrants.items()}}, regular, seconds, turn_seconds)
     result.rounds = len(times[LIMIT])
@@ -222,12 +248,15 @@ def measure(
     if device == "cuda" and not found:  # torch's fused implementations are not all there for GPUs
         found = [name for name in times if name.startswith("torch ")]
     result.baseline = min(found, key=lambda name: statistics.median(times[name]), default=None)
+    result.ours = ours_name if ours_name in entrants else next(iter(ours), None)
     for name, entrant in entrants.items():
-        timing, own, moved_bytes = timings[name], times[name], roofline.bytes_moved(entrant.itemsizes())
+        timing, own = timings[name], times[name]
+        timing.kept_bytes, timing.moved_bytes = entrant.kept_bytes(), entrant.moved_bytes()
         timing.milliseconds = Spread.of([1e3 * t for t in own])
-        timing.gigabytes_per_second = moved_bytes * case.elements / statistics.median(own) / 1e9
-        timing.share_of_limit = ratio(times[LIMIT], own, moved_bytes / result.bytes_per_element)
+        timing.gigabytes_per_second = timing.moved_bytes * case.elements / statistics.median(own) / 1e9
+        timing.share_of_limit = ratio(times[LIMIT], own, timing.moved_bytes / result.bytes_per_element)
         timing.ratio = ratio(times[result.baseline], own) if result.baseline else None
+        timing.ratio_to_ours = ratio(own, times[result.ours]) if result.ours else None
 
     pair = {name: entrants[name].take_moved for name in (*ours, result.baseline) if name}
     moved_times = interleaved(pair, pair, seconds, turn_seconds)
@@ -239,15 +268,41 @@ def measure(
     return result
 
 
-def checked(subject: Subject, optimizer: Optimizer, case: Case) -> tuple[Entrant, float]:
-    """Take a few steps with new gradients; return the entrant and the largest error of any element of a parameter, in ulps.
+@dataclass(frozen=True)
+class Errors:
+    """How far parameters are from those of torch's for-loop in float64 after a few steps, all elements compared.
+
+    Args:
+        ulps: of the element that is farthest off.
+        relative: the L2 norm of what is between them, over that of the way from the start.
+    """
+
+    ulps: float
+    relative: float
+
+    def beyond(self, subject: Subject) -> str | None:
+        """Say how this is more than `subject` is allowed, or None."""
+        after = f"from torch's for-loop in float64 after {CHECKED_STEPS} steps"
+        # Written so that NaN is wrong.
+        if subject.allowed_error is None:
+            within = self.ulps <= subject.allowed_ulps
+            said = f"off by {self.ulps:.3g} ulps {after}; {subject.allowed_ulps:g} are allowed"
+        else:
+            within = self.relative <= subject.allowed_error
+            said = f"off by {self.relative:.2%} of the way {after}; {subject.allowed_error:.0%} are allowed"
+        return None if within else said
+
+
+def checked(subject: Subject, optimizer: Optimizer, case: Case) -> tuple[Entrant, Errors]:
+    """Take a few steps with new gradients; return the entrant and its errors.
 
     Values repeat with a period, so torch's for-loop in float64 need step one period alone, and all elements are compared. An
     ulp is taken at the distance which an element has come from zero, its start included: where the reference happens to end
     near zero, nothing that rounds could keep ulps of that.
     """
     entrant = Entrant(subject, optimizer, case)
-    exact = cases.values(0, subject.dtype).double().requires_grad_()
+    start = cases.values(0, subject.dtype).double()
+    exact = start.clone().requires_grad_()
     travelled = exact.detach().abs()
     reference = optimizer.reference([exact])
     for step in range(CHECKED_STEPS):
@@ -258,21 +313,31 @@ def checked(subject: Subject, optimizer: Optimizer, case: Case) -> tuple[Entrant
         travelled += (exact.detach() - before).abs()
     ulp = torch.from_numpy(np.spacing(travelled.float().numpy())).double()
     ulp *= torch.finfo(subject.dtype).eps / torch.finfo(torch.float32).eps
-    return entrant, _largest_error(entrant.parameters, exact.detach(), ulp)
+    return entrant, _errors(entrant.parameters, exact.detach(), exact.detach() - start, ulp)
 
 
-def _largest_error(parameters: Sequence[Tensor], exact: Tensor, ulp: Tensor) -> float:
-    device = parameters[0].device
-    exact_twice, ulp_twice = (torch.cat([period, period]).to(device) for period in (exact, ulp))
-    first, worst = 0, []
+def _errors(parameters: Sequence[Tensor], exact: Tensor, way: Tensor, ulp: Tensor) -> Errors:
+    periods = [torch.cat([period, period]).to(parameters[0].device) for period in (exact, way, ulp)]
+    first, worst, missed, come = 0, [], 0.0, 0.0
     for parameter in parameters:
         flat = parameter.detach().view(-1)
-        expected, ulps = cases.by_period(flat, exact_twice, first), cases.by_period(flat, ulp_twice, first)
-        for (part, numbers), (_, ulp_of_each) in zip(expected, ulps, strict=True):
+        for pieces in zip(*(cases.by_period(flat, period, first) for period in periods), strict=True):
+            part, (numbers, way_of_each, ulp_of_each) = pieces[0][0], (piece[1] for piece in pieces)
             if part.numel():
-                worst.append(((part.double() - numbers).abs() / ulp_of_each).max())
+                distances = (part.double() - numbers).abs_()
+                missed += float(distances.norm()) ** 2
+                come += float(way_of_each.expand_as(part).norm()) ** 2
+                worst.append(distances.div_(ulp_of_each).max())
         first = (first + flat.numel()) % cases.PERIOD
-    return float(torch.stack(worst).max())  # which, unlike Python's, keeps NaN
+    # torch's max, unlike Python's, keeps NaN.
+    return Errors(float(torch.stack(worst).max()), (missed / come) ** 0.5 if come else math.nan)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    # A tensor made of others says how large it would be in the dtype that it stands for.
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
 
 
 def interleaved(

@@ -64,8 +64,10 @@ LOOKS = {
     "bitsandbytes": Look("#b5485d", "P"),
     "torchao": Look("#5c8a8a", "X"),
     "optimi": Look("#8c6d46", "*"),
+    "optimi foreach": Look("#d8c3a5", "<"),
 }
 _LIMIT_COLOUR = "#555555"
+_FORMAT_MARKERS = "osD^vP*Xh<>p"
 _OVERVIEW_LOOKS: tuple[dict[str, Any], ...] = ({"color": "#123a7a"}, {"color": "#9cc3e6", "edgecolor": "black", "linewidth": 0.5})
 #: Of the parts of a step, from dark to light; of all others last.
 _PART_COLOURS: list[Any] = [*(mpl.colormaps["viridis"](place / 8) for place in range(9)), "#e6e6e6"]
@@ -127,6 +129,44 @@ def limit_shares(record: SimpleNamespace) -> Figure | None:
     if len(axes) > 1:
         axes[1].set_yticklabels([])
     _legend_below(figure, axes[0])
+    return figure
+
+
+@_styled
+def formats(record: SimpleNamespace) -> Figure | None:
+    """How many times as fast as torch in float32 short formats are, by the bytes that they move."""
+    results = [result for result in record.formats if result.baseline]
+    if not results:
+        return None
+    figure, axes = _figure(1, len(results), 4.0)
+    names = list(dict.fromkeys(t.subject for result in results for t in result.timings if t.ratio))
+    for axis, result in zip(axes, results, strict=True):
+        timings = [timing for timing in result.timings if timing.ratio]
+        for timing in timings:
+            ratio, index = timing.ratio, names.index(timing.subject)
+            axis.errorbar(
+                timing.moved_bytes,
+                ratio.median,
+                yerr=[[ratio.median - ratio.lower_quartile], [ratio.upper_quartile - ratio.median]],
+                fmt=_FORMAT_MARKERS[index % len(_FORMAT_MARKERS)],
+                color=look(timing.subject).colour,
+                markeredgecolor="black",
+                markeredgewidth=0.5,
+                markersize=8,
+                label=timing.subject,
+            )
+        bytes_moved = sorted(timing.moved_bytes for timing in timings)
+        most = max(bytes_moved)
+        curve = [bytes_moved[0] + place * (most - bytes_moved[0]) / 50 for place in range(51)]
+        axis.plot(curve, [most / each for each in curve], linestyle="--", color=_LIMIT_COLOUR, label="by the bytes alone")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_xlabel("bytes that a step moves, for an element")
+        axis.set_title(result.title + ("" if result.device == "cpu" else ", GPU"))
+    axes[0].set_ylabel("times as fast as torch fused in float32")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -276,6 +316,7 @@ def overview(record: SimpleNamespace) -> Figure | None:
 FIGURES: dict[str, Callable[[SimpleNamespace], Figure | None]] = {
     "speed": speed,
     "limit_shares": limit_shares,
+    "formats": formats,
     "host_costs": host_costs,
     "breakdown": breakdown,
     "scaling": scaling,

@@ -1,21 +1,24 @@
-"""8-bit formats of other packages, simulated as they are published, on gradients that are hard on short formats.
+"""Short formats on gradients that are hard on them: those of other packages, simulated as they are published, and ours.
 
-``python -m bench.published_formats`` prints a table in Markdown: the relative L2 error of AdamW's updates against float32 in steps
-51 to 300 of 4,096 elements, and the largest update in learning rates. The formats of others are simulated in NumPy, not run; ours
-is run.
+What is measured is the relative L2 error of AdamW's updates against float32, in steps 51 to 300 of 4,096 elements, and the largest
+update in learning rates. The formats of others are simulated in NumPy, for all of them to be there; packages that are installed
+are run as well.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from numpy.typing import NDArray
 
-import fusedopt
+from .cases import Optimizer
+from .formats import BFLOAT16_STATES, BITSANDBYTES, EIGHT_BIT_STATES, TORCHAO
+from .subjects import Subject
 
 Array = NDArray[Any]
 #: By name: what gradients are multiplied by, and eps.
@@ -28,6 +31,8 @@ STREAMS = {
     "lognormal 1": (1e-4, 1e-8),
     "lognormal 2": (1e-4, 1e-8),
 }
+#: Run and not simulated, as far as installed.
+RUN = (BITSANDBYTES, TORCHAO, BFLOAT16_STATES, EIGHT_BIT_STATES)
 COUNT, STEPS, FIRST = 4096, 300, 50
 BETA1, BETA2 = numpy.float32(0.9), numpy.float32(0.999)
 
@@ -96,39 +101,51 @@ def simulated(keep: Callable[[Array, Array], tuple[Array, Array]]) -> Callable[[
     return updates
 
 
-def ours(name: str) -> Iterator[Array]:
-    """Yield the updates of our kernel."""
-    param = torch.nn.Parameter(torch.zeros(COUNT))
-    optimizer = fusedopt.AdamW([param], lr=1.0, eps=STREAMS[name][1], weight_decay=0, state_format="8bit")
-    for gradient in stream(name):
-        param.data.zero_()
-        param.grad = torch.from_numpy(gradient)
-        optimizer.step()
-        yield -param.detach().numpy()
+def run(subject: Subject) -> Callable[[str], Iterator[Array]]:
+    """Return a function that yields the updates of an optimizer that is run."""
+
+    def updates(name: str) -> Iterator[Array]:
+        parameter = torch.nn.Parameter(torch.zeros(COUNT))
+        adamw = Optimizer("AdamW", "AdamW", {"lr": 1.0, "eps": STREAMS[name][1], "weight_decay": 0.0})
+        optimizer = subject.build(adamw, [parameter])
+        for gradient in stream(name):
+            parameter.data.zero_()
+            parameter.grad = torch.from_numpy(gradient)
+            optimizer.step()
+            yield -parameter.detach().numpy()
+
+    return updates
 
 
-def main() -> None:
-    """Print the table."""
-    subjects = {
-        "bitsandbytes (published format)": simulated(dynamic(0.0)),
-        "torchao (published format)": simulated(dynamic(1e-12)),
-        "flashoptim (published format)": simulated(flashoptim),
-        "fusedopt": ours,
+@dataclass
+class UpdateErrors:
+    """Of one format, by stream: the relative L2 error of updates, and the largest update in learning rates."""
+
+    subject: str
+    errors: dict[str, float]
+    largest: dict[str, float]
+
+
+def update_errors() -> list[UpdateErrors]:
+    """Measure published formats by simulation, and ours and whatever package is installed by running it."""
+    formats = {
+        "bitsandbytes, simulated": simulated(dynamic(0.0)),
+        "torchao, simulated": simulated(dynamic(1e-12)),
+        "flashoptim, simulated": simulated(flashoptim),
+        **{subject.name: run(subject) for subject in RUN if subject.obstacle is None},
     }
-    print("| format | " + " | ".join(STREAMS) + " |\n|---|" + "---|" * len(STREAMS))
     with numpy.errstate(all="ignore"):
-        for subject, updates in subjects.items():
-            cells = []
-            for name in STREAMS:
-                difference = size = largest = 0.0
-                pairs = zip(updates(name), simulated(lambda m, v: (m, v))(name), strict=True)
-                for update, true in itertools.islice(pairs, FIRST, None):
-                    difference += float(((update - true).astype(float) ** 2).sum())
-                    size += float((true.astype(float) ** 2).sum())
-                    largest = max(largest, float(numpy.abs(update).max()))
-                cells.append(f"{(difference / size) ** 0.5:.3g} ({largest:.3g})")
-            print(f"| {subject} | " + " | ".join(cells) + " |", flush=True)
+        return [_errors_of(subject, updates) for subject, updates in formats.items()]
 
 
-if __name__ == "__main__":
-    main()
+def _errors_of(subject: str, updates: Callable[[str], Iterator[Array]]) -> UpdateErrors:
+    found = UpdateErrors(subject, {}, {})
+    for name in STREAMS:
+        difference = size = largest = 0.0
+        pairs = zip(updates(name), simulated(lambda m, v: (m, v))(name), strict=True)
+        for update, true in itertools.islice(pairs, FIRST, None):
+            difference += float(((update - true).astype(float) ** 2).sum())
+            size += float((true.astype(float) ** 2).sum())
+            largest = max(largest, float(numpy.abs(update).max()))
+        found.errors[name], found.largest[name] = (difference / size) ** 0.5, largest
+    return found

@@ -12,19 +12,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from . import compiled, costs, prediction, surroundings
-from .cases import CASES, OPTIMIZERS, SYNTHETIC, Case, Optimizer
+import torch
+
+from . import compiled, costs, formats, prediction, surroundings
+from .cases import CASES, CONTEST_BYTES, OPTIMIZER_BYTES, OPTIMIZERS, SYNTHETIC, Case, Optimizer, available_bytes
 from .ends import CLIPPED, EVERYTHING, measure_end, measure_norm
 from .first_step import measure_first_step
 from .machine import Machine
 from .measure import measure
+from .published_formats import update_errors
 from .subjects import FUSED_FLOAT32, ON_CPU, ON_GPU, OURS_BFLOAT16, SUBJECTS, Subject, baseline
 
 #: torch's for-loop and lists take seconds a step on more elements than this; they are left out there.
 MANY_ELEMENTS = 50_000_000
 SLOW_SUBJECTS = ("torch loop", "torch foreach", "torch foreach, CUDA")
+#: Of the memory that is free, what a contest may take; beyond it other packages are left out.
+MEMORY_SHARE = 0.75
 MAIN_OPTIMIZERS = ("AdamW", "SGD momentum")
-PARTS = ("steps", "bfloat16", "ends", "costs", "threads", "busy", "first-step", "predictions")
+PARTS = ("steps", "bfloat16", "formats", "ends", "costs", "threads", "busy", "first-step", "predictions")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Extent:
         cases: of the main optimizers.
         other_cases: of the other optimizers.
         bfloat16_cases: with parameters in bfloat16.
+        format_elements: of the parameter that has its states, and itself, in short formats.
         end_cases: of the whole end of a training step; the first one of all that it may hold.
         surrounded_cases: on fewer threads, and beside a busy core.
         first_steps: optimizers whose first step is taken in new processes.
@@ -45,6 +51,7 @@ class Extent:
     cases: tuple[str, ...]
     other_cases: tuple[str, ...]
     bfloat16_cases: tuple[str, ...]
+    format_elements: tuple[int, ...]
     end_cases: tuple[str, ...]
     surrounded_cases: tuple[str, ...]
     first_steps: tuple[str, ...]
@@ -55,6 +62,7 @@ FULL = Extent(
     cases=tuple(CASES),
     other_cases=("1x10M", "1000x1k", "resnet50"),
     bfloat16_cases=("1x20M", "1x1M", "resnet50"),
+    format_elements=(20_000_000, 64_000_000),
     end_cases=("1x20M", "gpt2-small", "100x50k", "1000x1k"),
     surrounded_cases=("1x20M", "1x1M", "100x50k", "1000x1k"),
     first_steps=MAIN_OPTIMIZERS,
@@ -64,6 +72,7 @@ QUICK = Extent(
     cases=("1x20M", "1x1M", "100x50k", "1000x1k", "1000x100", "mobilenet-v2", "resnet50"),
     other_cases=("1000x1k",),
     bfloat16_cases=("1x20M",),
+    format_elements=(20_000_000,),
     end_cases=("1x20M", "1000x1k"),
     surrounded_cases=("1x1M", "100x50k"),
     first_steps=MAIN_OPTIMIZERS[:1],
@@ -104,6 +113,8 @@ def tasks(extent: Extent, choice: Choice) -> list[Task]:
                 work = partial(_bfloat16, optimizer, case, extent.seconds)
                 found.append((f"{optimizer.name}, {case.title}, bfloat16", "bfloat16", work))
     adamw, seconds = OPTIMIZERS["AdamW"], extent.seconds / 2
+    if _wants("formats", choice):
+        found += _formats(extent, choice)
     if _wants("ends", choice):
         for end, names in ((CLIPPED, extent.end_cases), (EVERYTHING, extent.end_cases[:1])):
             for case in _chosen(names, choice):
@@ -134,6 +145,21 @@ def tasks(extent: Extent, choice: Choice) -> list[Task]:
     return found
 
 
+def _formats(extent: Extent, choice: Choice) -> list[Task]:
+    chosen = [CASES[name] for name in choice.cases] or [Case.equal(1, elements) for elements in extent.format_elements]
+    found: list[Task] = [
+        (f"short formats, {case.title}, {device}", "formats", _one(formats.measure_formats, case, device, extent.seconds))
+        for case in chosen
+        for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+    ]
+    found.append(("arithmetic of short formats", "format_arithmetic", partial(formats.arithmetic, extent.seconds)))
+    ours = formats.EIGHT_BIT_STATES
+    scaling = partial(surroundings.scaling, formats.ADAMW, chosen[:1], extent.seconds / 2, ours)
+    found.append((f"threads, {ours.name}, {chosen[0].title}", "format_scaling", scaling))
+    found.append(("errors of short formats", "format_errors", update_errors))
+    return found
+
+
 def _one(work: Callable[..., Any], *arguments: Any) -> Callable[[], Sequence[Any]]:
     return lambda: [work(*arguments)]
 
@@ -161,6 +187,9 @@ def _contest(optimizer: Optimizer, case: Case, subjects: Sequence[Subject], seco
             else not large or subject.name not in SLOW_SUBJECTS or subject.name in names
         )
     ]
+    packages = [subject for subject in taking_part if subject.package is not None]
+    if packages and case.elements * (CONTEST_BYTES + OPTIMIZER_BYTES * len(packages)) > MEMORY_SHARE * available_bytes():
+        taking_part = [subject for subject in taking_part if subject.package is None]
     if not taking_part or not _wants("steps", choice):
         return []
     where = "" if subjects[0].device == "cpu" else ", GPU"
@@ -185,7 +214,7 @@ def run(extent: Extent, choice: Choice, command: str, begin: Callable[[str, int,
         "command": command,
         "whole": choice.is_whole and extent is FULL,
         "machine": dataclasses.asdict(Machine.here()),
-        "subjects": [{"name": s.name, "obstacle": s.obstacle} for s in SUBJECTS.values()],
+        "subjects": [{"name": s.name, "obstacle": s.obstacle, "remark": s.remark} for s in (*SUBJECTS.values(), *formats.SUBJECTS)],
         **{name: [] for name in RECORDED},
     }
     every = tasks(extent, choice)
@@ -197,7 +226,8 @@ def run(extent: Extent, choice: Choice, command: str, begin: Callable[[str, int,
 
 
 RECORDED = (
-    *("results", "bfloat16", "ends", "host_costs", "gpu_host_costs", "breakdowns", "thread_starts", "launches", "scaling", "busy"),
+    *("results", "bfloat16", "formats", "format_arithmetic", "format_scaling", "format_errors", "ends"),
+    *("host_costs", "gpu_host_costs", "breakdowns", "thread_starts", "launches", "scaling", "busy"),
     *("first_steps", "predictions"),
 )
 

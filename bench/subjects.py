@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,8 +36,13 @@ class Subject:
         serves: whether it has an optimizer.
         device: where its parameters lie.
         package: what has to be installed, by its name for import.
+        only_on_gpu: whether it refuses parameters on the CPU.
         dtype: of its parameters and gradients.
         allowed_ulps: error of a parameter beyond which it is wrong.
+        allowed_error: for formats that are not meant to be exact, in the place of ulps: the relative L2 error of the way that all
+            parameters have come, beyond which it is wrong.
+        every_round: whether it takes part in all rounds, as ours and the baseline do, and not in the first few alone.
+        remark: what a reader has to know of it.
     """
 
     name: str
@@ -44,14 +50,20 @@ class Subject:
     serves: Callable[[Optimizer], bool] = lambda optimizer: True
     device: str = "cpu"
     package: str | None = None
+    only_on_gpu: bool = False
     dtype: torch.dtype = torch.float32
     allowed_ulps: float = ALLOWED_ULPS
+    allowed_error: float | None = None
+    every_round: bool = False
+    remark: str = ""
 
     @property
     def obstacle(self) -> str | None:
         """Why it cannot be measured here, or None."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return "not installed"
+        if self.only_on_gpu and self.device == "cpu":
+            return "needs a GPU"
         if self.device == "cuda" and not torch.cuda.is_available():
             return "torch finds no GPU"
         return None
@@ -89,26 +101,26 @@ def _ours_with_float32_states(optimizer: Optimizer, parameters: Sequence[Tensor]
     return built
 
 
-def _from(package: str, class_names: dict[str, str], **arguments: Any) -> tuple[Build, Callable[[Optimizer], bool]]:
+def from_package(package: str, class_names: dict[str, str], **arguments: Any) -> tuple[Build, Callable[[Optimizer], bool]]:
     """Build what `package` calls by `class_names` (by our names of optimizers); and whether it has an optimizer."""
 
     def build(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Any:
-        made = getattr(importlib.import_module(package), class_names[optimizer.name])
         # Defaults differ between packages, so torch's are given.
         defaults = optimizer.torch_class([torch.empty(1)], **optimizer.arguments).defaults
         known = {name: defaults[name] for name in ("lr", "betas", "eps", "momentum", "weight_decay") if name in defaults}
-        return made(parameters, **known, **arguments)
+        with warnings.catch_warnings(action="ignore"):  # of what other packages import, and of what they deprecate
+            made = getattr(importlib.import_module(package), class_names[optimizer.name])
+            return made(parameters, **known, **arguments)
 
     return build, lambda optimizer: optimizer.name in class_names
 
 
-_APEX_ADAM = _from("apex.optimizers", {"AdamW": "FusedAdam"}, adam_w_mode=True)
-_APEX_SGD = _from("apex.optimizers", {"SGD momentum": "FusedSGD"})
-_DEEPSPEED_GPU = _from("deepspeed.ops.adam", {"AdamW": "FusedAdam"}, adam_w_mode=True)
-_DEEPSPEED = _from("deepspeed.ops.adam", {"AdamW": "DeepSpeedCPUAdam"}, adamw_mode=True, fp32_optimizer_states=True)
-_BITSANDBYTES = _from("bitsandbytes.optim", {"AdamW": "AdamW32bit"})
-_TORCHAO = _from("torchao.optim", {"AdamW": "_AdamW"})
-_OPTIMI = _from("optimi", {"AdamW": "AdamW", "SGD momentum": "SGD"})
+_APEX_ADAM = from_package("apex.optimizers", {"AdamW": "FusedAdam"}, adam_w_mode=True)
+_APEX_SGD = from_package("apex.optimizers", {"SGD momentum": "FusedSGD"})
+_DEEPSPEED_GPU = from_package("deepspeed.ops.adam", {"AdamW": "FusedAdam"}, adam_w_mode=True)
+_DEEPSPEED = from_package("deepspeed.ops.adam", {"AdamW": "DeepSpeedCPUAdam"}, adamw_mode=True, fp32_optimizer_states=True)
+_BITSANDBYTES = from_package("bitsandbytes.optim", {"AdamW": "AdamW32bit"})
+_OPTIMI = {"AdamW": "AdamW", "SGD momentum": "SGD"}
 
 LOOP = Subject("torch loop", _torch(foreach=False, fused=False))
 FOREACH = Subject("torch foreach", _torch(foreach=True))
@@ -123,10 +135,35 @@ ON_CPU = (
     FOREACH,
     FUSED,
     OURS,
-    Subject("DeepSpeed CPUAdam", *_DEEPSPEED, package="deepspeed", allowed_ulps=ALLOWED_ULPS_OF_OTHERS),
-    Subject("bitsandbytes", *_BITSANDBYTES, package="bitsandbytes", allowed_ulps=ALLOWED_ULPS_OF_OTHERS),
-    Subject("torchao", *_TORCHAO, package="torchao", allowed_ulps=ALLOWED_ULPS_OF_OTHERS),
-    Subject("optimi", *_OPTIMI, package="optimi", allowed_ulps=ALLOWED_ULPS_OF_OTHERS),
+    Subject(
+        "DeepSpeed CPUAdam",
+        *_DEEPSPEED,
+        package="deepspeed",
+        allowed_ulps=ALLOWED_ULPS_OF_OTHERS,
+        every_round=True,
+        remark="C++ that it compiles at its first use; a call for each tensor",
+    ),
+    Subject(
+        "bitsandbytes",
+        *_BITSANDBYTES,
+        package="bitsandbytes",
+        allowed_ulps=ALLOWED_ULPS_OF_OTHERS,
+        remark="AdamW32bit; on a CPU operations of torch, tensor by tensor",
+    ),
+    Subject(
+        "optimi",
+        *from_package("optimi", _OPTIMI),
+        package="optimi",
+        allowed_ulps=ALLOWED_ULPS_OF_OTHERS,
+        remark="its default: on a CPU operations of torch, tensor by tensor; on a GPU its kernels in Triton",
+    ),
+    Subject(
+        "optimi foreach",
+        *from_package("optimi", _OPTIMI, foreach=True),
+        package="optimi",
+        allowed_ulps=ALLOWED_ULPS_OF_OTHERS,
+        remark="torch's operations on lists; deprecated there, and a step overwrites the gradients",
+    ),
 )
 #: On a GPU alone.
 _ONLY_ON_GPU = (
@@ -137,7 +174,7 @@ _ONLY_ON_GPU = (
 ON_GPU = tuple(
     replace(subject, name=f"{subject.name}, CUDA", device="cuda")
     for subject in (*ON_CPU, *_ONLY_ON_GPU)
-    if subject.name not in ("torch loop", "DeepSpeed CPUAdam")
+    if subject.name not in ("torch loop", "DeepSpeed CPUAdam", "optimi foreach")
 )
 SUBJECTS = {subject.name: subject for subject in (*ON_CPU, *ON_GPU)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from . import contests, costs, gpu, method
+from . import contests, costs, formats, gpu, method
 from .page import Section, as_html, as_markdown
 
 
@@ -27,8 +27,10 @@ def document(record: SimpleNamespace) -> list[Section]:
     sections = [
         contests.summary(record),
         *contests.main_optimizers(record),
+        contests.other_packages(record),
         contests.other_optimizers(record),
         contests.bfloat16(record),
+        formats.formats(record),
         contests.ends(record),
         costs.costs(record),
         costs.first_steps(record),

@@ -63,6 +63,18 @@ def percent(found: SimpleNamespace | None) -> str:
     return "" if found is None else f"{100 * found.median:.0f} %"
 
 
+def of_ours(timing: SimpleNamespace | None) -> str:
+    """Its time over that of ours."""
+    if timing is None:
+        return ""
+    return "wrong" if timing.wrong else spread(getattr(timing, "ratio_to_ours", None))
+
+
+def remark(subject: SimpleNamespace) -> str:
+    """What a reader has to know of a subject; older records have no such words."""
+    return getattr(subject, "remark", "")
+
+
 def noise(found: SimpleNamespace) -> float:
     """How far its quartiles are apart, as a share of the median."""
     quartiles_apart: float = (found.upper_quartile - found.lower_quartile) / found.median

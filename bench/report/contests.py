@@ -17,7 +17,7 @@ def wrong_subjects(record: SimpleNamespace) -> list[str]:
     """A line for each subject that computed something else than torch's for-loop, or failed."""
     return [
         f"{timing.subject}, {result.optimizer}, {result.title}: {timing.wrong}"
-        for result in [*record.results, *record.bfloat16]
+        for result in [*record.results, *record.bfloat16, *record.formats]
         for timing in result.timings
         if timing.wrong
     ]
@@ -115,12 +115,33 @@ def main_optimizers(record: SimpleNamespace) -> list[Section]:
                 "Share of what the memory, or the caches where a case fits into them, can deliver for the same streams.",
             )
         )
+        crowded = [r.title for r in cells.on_cpu(record, MAIN_OPTIMIZERS[:1]) if not cells.others([r])]
+        if crowded and cells.others(cells.on_cpu(record, MAIN_OPTIMIZERS[:1])):
+            sections[-1].blocks.append(f"For other packages there was no memory beside them on {cells.listed(crowded)}.")
         large = [result.title for result in cells.on_cpu(record, MAIN_OPTIMIZERS[:1]) if result.elements > MANY_ELEMENTS]
         if large:
             sections[-1].blocks.append(
                 f"torch's for-loop and lists of tensors take seconds a step on {cells.listed(large)}, and were left out there."
             )
     return sections
+
+
+def other_packages(record: SimpleNamespace) -> Section:
+    """How many times as fast as other packages ours is."""
+    results = [r for r in cells.on_cpu(record, None) if cells.others([r])]
+    packages = cells.others(results)
+    rows = [
+        [result.optimizer, result.title, *(cells.of_ours(cells.timing_of(result, package)) for package in packages)]
+        for result in results
+    ]
+    remarks = {subject.name: cells.remark(subject) for subject in record.subjects}
+    said = [f"*{package}*: {remarks[package]}." for package in packages if remarks.get(package)]
+    text = (
+        "Their time over that of fusedopt, round by round: how many times as fast fusedopt is; quartiles in brackets. All as they "
+        "come, with torch's hyperparameters."
+    )
+    heading = ["optimizer", "case", *(f"{package} / ours" for package in packages)]
+    return Section("Other packages", [" ".join([text, *said]), Table(heading, rows, frozenset({0, 1}))] if rows else [])
 
 
 def beside(theirs: SimpleNamespace, ours: SimpleNamespace) -> list[str]:
@@ -136,15 +157,21 @@ def other_optimizers(record: SimpleNamespace) -> Section:
         ours, theirs = cells.timing_of(result, "fusedopt"), cells.timing_of(result, result.baseline)
         if ours and theirs and ours.milliseconds:
             numbers = beside(theirs, ours)
-            rows.append([result.optimizer, result.title, theirs.subject, *numbers, cells.percent(ours.share_of_limit)])
+            at_limit = cells.number(ours.ratio.median / ours.share_of_limit.median)
+            rows.append([result.optimizer, result.title, theirs.subject, *numbers, cells.percent(ours.share_of_limit), at_limit])
     if not rows:
         return Section("Other optimizers")
     heading = ["optimizer", "case", "torch's best", "torch, ms", "fusedopt, ms", "torch / ours", "moved gradients", "of the limit"]
+    heading.append("ratio at the limit")
     text = (
         "Against the fastest that torch has on a CPU: its fused implementation where there is one, else the faster of its for-loop "
         "and its lists of tensors."
     )
-    return Section("Other optimizers", [text, Table(heading, rows, frozenset({0, 1, 2}))])
+    ceiling = (
+        "*Ratio at the limit*: what torch / ours would be if our step moved its bytes at the whole of the memory limit. A ratio "
+        "above it cannot be had on this machine, whatever the kernel."
+    )
+    return Section("Other optimizers", [text, Table(heading, rows, frozenset({0, 1, 2})), ceiling])
 
 
 def bfloat16(record: SimpleNamespace) -> Section:
@@ -189,9 +216,19 @@ def ends(record: SimpleNamespace) -> Section:
 def subjects(record: SimpleNamespace) -> Section:
     rows = []
     for subject in record.subjects:
-        own = [t for result in record.results for t in result.timings if t.subject == subject.name]
-        wrong = next((timing.wrong for timing in own if timing.wrong), None)
-        errors = [timing.error_ulps for timing in own if timing.error_ulps is not None]
-        said = subject.obstacle or (f"wrong, so not timed: {wrong}" if wrong else "measured" if own else "not chosen")
-        rows.append([subject.name, said, f"{max(errors):.2g}" if errors else ""])
-    return Section("Who took part", [Table(["implementation", "here", "largest error, ulps"], rows, frozenset({0, 1}))])
+        exact, short = (
+            [t for result in results for t in result.timings if t.subject == subject.name]
+            for results in (record.results, record.formats)
+        )
+        wrong = next((timing.wrong for timing in (*exact, *short) if timing.wrong), None)
+        measured = "measured" if exact or short else "not chosen"
+        errors = [timing.error_ulps for timing in exact if timing.error_ulps is not None]
+        error = f"{max(errors):.2g} ulps" if errors else ""
+        said = subject.obstacle or (f"wrong, so not timed: {wrong}" if wrong else measured)
+        rows.append([subject.name, said, error, cells.remark(subject)])
+    heading = ["implementation", "here", "largest error in float32", "what it is"]
+    text = (
+        "torchao has AdamW in 8 bits, 4 bits and fp8 alone, so it takes part in short formats. The errors of all short formats "
+        "stand there."
+    )
+    return Section("Who took part", [Table(heading, rows, frozenset({0, 1, 3})), text])
