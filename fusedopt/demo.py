@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fusedopt.info import bytes_by_kind
 from fusedopt.kernels.source import cache_directory
 from fusedopt.optimizer import FusedOptimizer
 
@@ -124,6 +125,7 @@ def _facts(comparisons: Sequence["Comparison"]) -> list[str]:
         *(f"{one.recipe.title}: the optimizer's share of a training step: {_shares(one)}." for one in comparisons),
         f"First step of {OURS}: {first_steps}. Kernels are compiled once and kept in {cache_directory()}.",
         f"Backend of {OURS}: {_kernels(comparisons)}.",
+        *(f"{one.recipe.title}: bytes a parameter: {bytes_by_kind(one.runs[OURS].optimizer)}." for one in comparisons),
     ]
 
 

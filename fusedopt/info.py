@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,16 @@ import fusedopt
 VARIABLES = {
     "FUSEDOPT_DISABLE": "1 turns all kernels off; rules run on torch tensors",
     "FUSEDOPT_CACHE_DIR": "the folder of generated and compiled kernels",
+}
+
+#: Elements of the parameter whose memory is looked at: as few as short formats take.
+MEMORY_ELEMENTS = 4096
+#: What AdamW keeps its states and parameters in, by how it is asked for: the dtype of parameters, and options.
+FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "as torch": (torch.float32, {}),
+    'state_format="bf16"': (torch.float32, {"state_format": "bf16"}),
+    'state_format="8bit"': (torch.float32, {"state_format": "8bit"}),
+    '"8bit", split16': (torch.bfloat16, {"state_format": "8bit", "master_weights": "split16"}),
 }
 
 
@@ -39,6 +50,7 @@ def report() -> str:
         "Versions": versions(),
         "Backends": backends(),
         "Processors": processors(),
+        "Memory of AdamW, in bytes a parameter (fusedopt.memory says it of any optimizer)": memory(),
         "Compiler (needed only by Triton on a GPU, and by tests that execute its PTX)": compilers(),
         "Cache of generated and compiled kernels": cache(),
         "Environment": variables(),
@@ -85,6 +97,29 @@ def processors() -> list[Finding]:
         Finding("threads", f"{torch.get_num_threads()}, as torch.get_num_threads() says"),
         *_gpus(),
     ]
+
+
+def memory() -> list[Finding]:
+    """Return what an element of a parameter, its gradient and its states take, by format."""
+    from fusedopt.kernels import backends
+
+    found = []
+    for name, (dtype, options) in FORMATS.items():
+        parameter = torch.nn.Parameter(torch.zeros(MEMORY_ELEMENTS, dtype=dtype))
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer = fusedopt.AdamW([parameter], **options)
+        with backends.use("tensor"):  # which compiles nothing
+            optimizer.step()
+        found.append(Finding(name, bytes_by_kind(optimizer)))
+    return found
+
+
+def bytes_by_kind(optimizer: torch.optim.Optimizer) -> str:
+    """Say in a line how many bytes each element of the parameters takes, by kind; below a hundredth, as step counts, left out."""
+    found = fusedopt.memory(optimizer)
+    each = {name: size / max(1, found.elements) for name, size in found.bytes.items()}
+    kinds = [f"{name} {size:.3g}" for name, size in each.items() if size >= 0.01]
+    return f"{', '.join(kinds)}; all states {found.bytes_per_parameter:.3g}"
 
 
 def compilers() -> list[Finding]:

@@ -72,6 +72,17 @@ def test_device_and_backend_are_named(shown):
     assert f"Backend of fusedopt: {backend} for {parameters} parameters." in shown[0]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "states"),
+    [("SGD with momentum", "momentum_buffer 4"), ("AdamW", "exp_avg 4, exp_avg_sq 4")],
+    ids=RECIPES,
+)
+def test_memory_is_told_by_kind(shown, recipe, states):
+    (line,) = re.findall(rf"{recipe}: bytes a parameter: ([^.]*)\.", " ".join(shown[0].split()))
+    for expected in ("parameters 4, gradients 4", states):
+        assert expected in line
+
+
 def test_picture_shows_both_curves(shown):
     text, picture = shown
     assert f"Picture: {picture}" in text

@@ -90,6 +90,36 @@ def test_compiler_that_the_environment_names_wrongly(monkeypatch: pytest.MonkeyP
     assert "CC=no-such-compiler" in missing_part()
 
 
+@pytest.mark.parametrize(
+    ("name", "by_kind"),
+    [
+        ("as torch", {"parameters": 4, "gradients": 4, "exp_avg": 4, "exp_avg_sq": 4, "all states": 8}),
+        ('state_format="bf16"', {"parameters": 4, "gradients": 4, "exp_avg": 2, "exp_avg_sq": 2, "all states": 4}),
+        ('state_format="8bit"', {"parameters": 4, "exp_avg": 1, "exp_avg_sq": 1, "exp_avg_sq_words": 0.0312, "all states": 2.05}),
+        ('"8bit", split16', {"parameters": 2, "gradients": 2, "exp_avg": 1, "master": 2, "all states": 4.05}),
+    ],
+)
+def test_memory_is_told_by_kind(name: str, by_kind: dict[str, float]) -> None:
+    line = found(info.memory(), name).found
+    numbers = {kind: float(number) for kind, _, number in (part.rpartition(" ") for part in line.replace(";", ",").split(", "))}
+    assert {kind: numbers[kind] for kind in by_kind} == by_kind
+    assert "numbers" not in numbers, "a step count is a thousandth of a byte"
+    assert numbers["all states"] == pytest.approx(
+        sum(numbers.values()) - numbers["parameters"] - numbers["gradients"] - numbers["all states"], abs=0.01
+    )
+
+
+def test_memory_compiles_nothing() -> None:
+    program = """
+        import sys
+        from fusedopt import info
+        info.memory()
+        sys.exit("numba" in sys.modules)
+    """
+    finished = child.run(program)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_cache_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(tmp_path))
     (tmp_path / "folder").mkdir()
@@ -121,7 +151,7 @@ def test_module_prints_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         runpy.run_module("fusedopt", run_name="__main__")
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for expected in (f"fusedopt {fusedopt.__version__}", "Backends", "C compiler", "Cache"):
+    for expected in (f"fusedopt {fusedopt.__version__}", "Backends", "Memory of AdamW", "C compiler", "Cache"):
         assert " ".join(expected.split()) in " ".join(printed.split())
 
 
