@@ -80,11 +80,7 @@ def main_optimizers(record: SimpleNamespace) -> list[Section]:
     for name in MAIN_OPTIMIZERS:
         results = cells.on_cpu(record, [name])
         if results:
-            slow = [
-                title
-                for title in ("torch loop", "torch foreach", *cells.others(results))
-                if any(cells.timing_of(r, title) for r in results)
-            ]
+            slow = [title for title in ("torch loop", "torch foreach") if any(cells.timing_of(r, title) for r in results)]
             rows = []
             for result in results:
                 ours = cells.timing_of(result, "fusedopt")
@@ -130,17 +126,18 @@ def other_packages(record: SimpleNamespace) -> Section:
     """How many times as fast as other packages ours is."""
     results = [r for r in cells.on_cpu(record, None) if cells.others([r])]
     packages = cells.others(results)
-    rows = [
-        [result.optimizer, result.title, *(cells.of_ours(cells.timing_of(result, package)) for package in packages)]
-        for result in results
-    ]
+    rows = []
+    for result in results:
+        theirs = [cells.timing_of(result, package) for package in packages]
+        times = [cells.median(timing) for timing in (cells.timing_of(result, "fusedopt"), *theirs)]
+        rows.append([result.optimizer, result.title, *times, *map(cells.of_ours, theirs)])
     remarks = {subject.name: cells.remark(subject) for subject in record.subjects}
     said = [f"*{package}*: {remarks[package]}." for package in packages if remarks.get(package)]
     text = (
-        "Their time over that of fusedopt, round by round: how many times as fast fusedopt is; quartiles in brackets. All as they "
-        "come, with torch's hyperparameters."
+        "*Name / ours*: its time over that of fusedopt, round by round, so how many times as fast fusedopt is; quartiles in "
+        "brackets. All as they come, with torch's hyperparameters."
     )
-    heading = ["optimizer", "case", *(f"{package} / ours" for package in packages)]
+    heading = ["optimizer", "case", *(f"{name}, ms" for name in ("fusedopt", *packages)), *(f"{name} / ours" for name in packages)]
     return Section("Other packages", [" ".join([text, *said]), Table(heading, rows, frozenset({0, 1}))] if rows else [])
 
 
