@@ -166,7 +166,7 @@ def other_optimizers(record: SimpleNamespace) -> Section:
     )
     ceiling = (
         "*Ratio at the limit*: what torch / ours would be if our step moved its bytes at the whole of the memory limit. A ratio "
-        "above it cannot be had on this machine, whatever the kernel."
+        "well above it cannot be had on this machine, whatever the kernel."
     )
     return Section("Other optimizers", [text, Table(heading, rows, frozenset({0, 1, 2})), ceiling])
 

@@ -19,11 +19,11 @@ def formats(record: SimpleNamespace) -> Section:
         section.blocks.append(
             "AdamW with states, and parameters, in fewer bytes, against torch's fused step in float32. *Error*: how far "
             f"parameters are after {CHECKED_STEPS} steps from where float64 takes them, as a share of the way. No short format is "
-            f"exact, so each is checked by this number: beyond {ALLOWED_ERROR:.0%}, in 4 bits {ALLOWED_ERROR_OF_4_BITS:.0%}, it "
-            "would be called wrong; without its decay a step is off by 15 %. *Bytes*: of states that are kept, and that a step "
-            "has to read and write, for each element of a parameter. *Of the limit*: the rate of these bytes over that of the "
-            "memory limit. *torch / it*: above 1 where it is faster than torch's fused step in float32. *It / ours*: its time "
-            f"over that of {EIGHT_BIT_STATES.name}. Quartiles in brackets."
+            f"exact, so each is checked by this number: beyond {100 * ALLOWED_ERROR:.0f} %, in 4 bits "
+            f"{100 * ALLOWED_ERROR_OF_4_BITS:.0f} %, it would be called wrong; without its decay a step is off by 15 %. *Bytes*: "
+            "of states that are kept, and that a step has to read and write, for each element of a parameter. *Of the limit*: "
+            "the rate of these bytes over that of the memory limit. *torch / it*: above 1 where it is faster than torch's fused "
+            f"step in float32. *It / ours*: its time over that of {EIGHT_BIT_STATES.name}. Quartiles in brackets."
         )
         for result in record.formats:
             section.blocks += _contest(result)
