@@ -14,7 +14,7 @@ def method(record: SimpleNamespace) -> Section:
         f"**Right first.** Each subject takes {CHECKED_STEPS} steps with new gradients. If any element of any parameter is more "
         f"than {ALLOWED_ULPS:g} ulps from torch's for-loop in float64, or NaN, the subject is reported wrong, and not timed. For "
         f"other packages, some of which compute bias corrections in float32, the bound is {ALLOWED_ULPS_OF_OTHERS:g} ulps: a step "
-        "without its decay is beyond it.",
+        "without its decay is beyond it. Short formats are checked by the error of the way that parameters have come.",
         f"**Interleaved.** In each of {LEAST_ROUNDS} to {MOST_ROUNDS} rounds everyone has a turn of {1e3 * TURN_SECONDS:.0f} ms "
         "(one step at least), in alternating order; far slower subjects take part in the first rounds alone. A turn counts as its "
         "mean, a subject as the median of its turns; ratios are taken round by round. Times are of whole steps as a user calls "
