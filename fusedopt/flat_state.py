@@ -74,7 +74,7 @@ def _live(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
+        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]), device="cpu")
     if "tuple" in value:
         return tuple(_live(part) for part in value["tuple"])
     return {name: _live(part) for name, part in value["mapping"].items()}

@@ -105,11 +105,11 @@ def _check_served(found: Mapping[str, Format], parameter: Tensor, index: int) ->
             f"master_weights and stochastic_rounding serve bfloat16 (and leave float32 as it is), but {what} is not: "
             "convert it to bfloat16, or give it a group without these options"
         )
-    low = [name for name, form in found.items() if form is not _FLOAT32 and name != "p"]
-    if low and parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    # Small ones as well, which would not be kept in fewer bits: what holds must not depend on a size.
+    if set(found) - {"p"} and parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise RuntimeError(
-            f"states in bf16 and 8 bits serve parameters of float32, bfloat16 and float16, but {what} is not: give it a group with "
-            "state_format=None"
+            f"state_format serves parameters of float32, bfloat16 and float16, but {what} is not: give it a group with "
+            "state_format=None, where states have the parameter's dtype"
         )
     if found and not layout.is_plain_memory(layout.local(parameter)):
         raise RuntimeError(

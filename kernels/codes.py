@@ -278,7 +278,8 @@ TENSORS: dict[str, Callable[..., Any]] = {
     "word": lambda x: x & 0xFFFFFFFF,
     "real": lambda x: x.to(torch.float32),
     "truncate": lambda x: x.to(torch.int64),
-    "float32": lambda x: torch.tensor(x, dtype=torch.float32),  # torch divides a plain number by a tensor in two roundings
+    # torch divides a plain number by a tensor in two roundings.
+    "float32": lambda x: torch.tensor(x, dtype=torch.float32, device="cpu"),
     "where": torch.where,
     "absolute": Tensor.abs,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -221,22 +223,43 @@ def test_unknown_states_are_refused():
         train(optimizer)
 
 
+@pytest.mark.parametrize("count", [5000, 5], ids=["large", "small"])
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
         (torch.float64, {"state_format": "8bit"}),
+        (torch.float64, {"state_format": "fp32"}),
         (torch.complex64, {"state_format": "bf16"}),
+        (torch.complex64, {"state_format": {"exp_avg": "fp32"}}),
+        (torch.complex128, {"state_format": "8bit"}),
         (torch.float16, {"master_weights": "fp32"}),
+        (torch.float64, {"master_weights": "split16"}),
         (torch.float16, {"stochastic_rounding": True}),
     ],
-    ids=["float64", "complex", "master of float16", "float16 by chance"],
+    ids=[
+        "float64",
+        "float64, fp32",
+        "complex64",
+        "complex64, one state in fp32",
+        "complex128",
+        "master of float16",
+        "master of float64",
+        "float16 by chance",
+    ],
 )
-def test_parameters_that_formats_do_not_serve_are_refused(dtype, options):
-    optimizer = fusedopt.AdamW([torch.nn.Parameter(torch.zeros(5000, dtype=dtype))], **options)
-    parameters(optimizer)[0].grad = torch.ones(5000, dtype=dtype)
-    with pytest.raises(RuntimeError, match="parameter 0"):
+def test_parameters_that_formats_do_not_serve_are_refused(dtype, options, count):
+    """Of whatever size, though a small one would not be kept in fewer bits."""
+    served, other = torch.nn.Parameter(torch.zeros(5000)), torch.nn.Parameter(torch.zeros(count, dtype=dtype))
+    groups = [{"params": [served]}, {"params": [other]}]
+    optimizer = fusedopt.AdamW(groups, **options)
+    for param in (served, other):
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match=rf"parameter 1 \(shape \({count},\), {dtype}\).*give it a group"):
         optimizer.step()
     assert not optimizer.state
+    optimizer.param_groups[1].update(dict.fromkeys(options, None))
+    optimizer.step()
+    assert other.detach().abs().min() > 0
 
 
 @pytest.mark.parametrize("stepped", [False, True], ids=["new", "with states"])
@@ -574,3 +597,53 @@ def test_masters_of_a_parameter_that_is_listed_twice_are_kept():
         p.grad = torch.ones_like(p)
         optimizer.step()
     assert float(p.detach()[0]) == pytest.approx(0.96, abs=0.004)
+
+
+@pytest.mark.filterwarnings("ignore:the (states|master):UserWarning")
+@pytest.mark.parametrize("backend", ["numba", "tensor"])
+@pytest.mark.parametrize("variant", ["8bit", "split16", "split8", "by chance", "SGD", "bf16"])
+@pytest.mark.parametrize("default", ["meta device", "float64"])
+def test_defaults_of_new_tensors_change_nothing(default, variant, backend):
+    """A script may have set them for a model that it is about to make."""
+    name, dtype, options = VARIANTS[variant]
+    plain = {key: value for key, value in options.items() if key == "momentum"}
+
+    def steps_and_conversions(context):
+        optimizer = make(name, dtype, **options)
+        for step in range(3):
+            draw(optimizer, step)
+            with context():
+                optimizer.step()
+        for other in (plain, options):  # out of the formats, and into them again
+            loaded = make(name, dtype, **other)
+            for p, q in zip(parameters(loaded), parameters(optimizer), strict=True):
+                p.data.copy_(q.data)
+            draw(loaded, 3)
+            with context():
+                loaded.load_state_dict(flattened(optimizer.state_dict()))
+                loaded.step()
+                assert loaded.state_dict(format="torch")["state"].keys() == loaded.state_dict()["state"].keys()
+                assert fusedopt.memory(loaded).states > 0
+                assert "numba" in loaded.explain() or backend == "tensor"
+            optimizer = loaded
+        return optimizer
+
+    with backends.use(backend):
+        expected, found = steps_and_conversions(contextlib.nullcontext), steps_and_conversions(functools.partial(changed, default))
+    assert all(map(same_bits, parameters(found), parameters(expected)))
+    for p, q in zip(parameters(found), parameters(expected), strict=True):
+        for key, value in expected.state[q].items():
+            assert found.state[p][key].device == value.device
+            assert same_bits(found.state[p][key], value) or key == "step"
+
+
+@contextlib.contextmanager
+def changed(default):
+    before = torch.get_default_dtype()
+    if default == "float64":
+        torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta") if default == "meta device" else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
