@@ -271,7 +271,7 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
                 "max_grad_norm and skip_nonfinite measure each gradient once, but parameters share memory or are listed twice: "
                 "leave the doubles out, or clip by fusedopt.clip_grad_norm_"
             )
-        masters.rebuild(self, prepared.plan)
+        masters.rebuild(self, prepared)
         # What waves have yet to read must not be zero before.
         launches = prepared.plan.launches(
             by_part, hyperparameters, loss_scale, zero_grad and not prepared.waves, clipping is not None
@@ -284,7 +284,7 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
         prepared.plan.run(launches)
         for wave in prepared.waves:
             self._run_wave(wave, prepared, gradients, updates, hyperparameters, loss_scale)
-        masters.remember(self, prepared.plan)
+        masters.remember(self, prepared)
         if zero_grad and (prepared.waves or prepared.torch_indices or not any(launches)):
             layout.zero_gradients(parameters)
 

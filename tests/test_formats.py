@@ -338,6 +338,21 @@ def test_a_parameter_that_somebody_else_writes_is_noticed(master):
     assert torch.equal(low_bit.resolved(param, held), torch.ones(param.shape))
 
 
+@pytest.mark.parametrize("master", ["fp32", "split16", "split8"])
+def test_a_write_to_parameters_that_share_memory_is_noticed(master):
+    """The second of them steps after the first, by a plan that is made anew each time."""
+    whole = torch.nn.Parameter(torch.randn(64).to(BFLOAT16))
+    part = torch.nn.Parameter(whole.detach()[16:48])
+    optimizer = train(fusedopt.SGD([whole, part], lr=1e-3, master_weights=master))
+    assert optimizer.state[part]["master"].any()
+    with torch.no_grad():
+        part.fill_(1.0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, 1)
+    assert torch.equal(low_bit.resolved(part, optimizer.state[part]["master"]), torch.ones(32))
+    assert torch.equal(low_bit.resolved(whole, optimizer.state[whole]["master"])[16:48], torch.ones(32))
+
+
 def test_swapped_averages_leave_masters_alone():
     pair = [train(make(dtype=BFLOAT16, master_weights="split16", ema_decay=0.5)) for _ in range(2)]
     with pair[0].swap_ema():
