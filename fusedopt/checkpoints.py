@@ -93,11 +93,20 @@ def without_defaults(state_dict: dict[str, Any], options: tuple[tuple[str, Any],
     return {**state_dict, "param_groups": groups}
 
 
-def with_version(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return ``state_dict`` with the version of its codes in each group, where it holds some."""
+def with_codes(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state_dict``, that of ``optimizer``, with its codes as any sharding can read them, and with their version."""
     if not any(_has_codes(values) for values in state_dict["state"].values()):
         return state_dict
-    return {**state_dict, "param_groups": [{**group, VERSION_KEY: VERSION} for group in state_dict["param_groups"]]}
+    state = dict(state_dict["state"])
+    for live, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        state |= {index: with_packed(optimizer, live, state[index]) for index in saved["params"] if index in state}
+    groups = [{**group, VERSION_KEY: VERSION} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def with_packed(optimizer: FusedOptimizer, group: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return ``values``, the state of a parameter of ``group``, with its codes as checkpoints hold them."""
+    return low_bit.packed(optimizer._update(group, False).rule, values) if _has_codes(values) else values
 
 
 def _has_codes(values: Any) -> bool:

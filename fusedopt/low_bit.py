@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedopt import word_tables
 from fusedopt.kernels import blocks, layout
 from fusedopt.kernels.formats import BFLOAT16_BY_CHANCE, CODES, FORMATS, MASTERS, Format, average_dtype
 from fusedopt.kernels.rule import Rule, Update
@@ -167,19 +168,19 @@ def complete(
         initial: what new states start from, by name.
     """
     held = held_codes(update.rule, state)
+    loaded = _unpacked(update.rule, parameter, state)
+    state = _with(state, loaded)
     new: dict[str, Tensor] = {}
+    kept = {name: loaded[name] for name in ("master",) if name in loaded}
     changed = []
     numbers: dict[str, Tensor] = {}
     for name in update.states:
         form, before = wanted.get(name), state.get(name)
-        if isinstance(before, Tensor) and (
-            held.get(name) is form and _in_order(before, parameter)
-            if name in held or form is None or form.words
-            else before.dtype == form.dtype
-        ):
+        if isinstance(before, Tensor) and _is_as(form, before, held.get(name), parameter):
+            kept |= {key: loaded[key] for key in (name, f"{name}_words") if key in loaded}
             continue
         if form is None and name not in held:
-            continue  # as before: of whatever dtype it is, or made by the caller
+            continue  # made by the caller
         if name in update.average.states:
             start = (before if isinstance(before, Tensor) else parameter.detach()).to(torch.float32)
         elif not isinstance(before, Tensor):
@@ -202,7 +203,7 @@ def complete(
     if "p" not in wanted and keeps_master(update.rule, state):
         _say("the master of a parameter", "master_weights")
         dropped.append("master")
-    return {**new, **_master(wanted.get("p"), parameter, state)}, dropped
+    return {**kept, **new, **_master(wanted.get("p"), parameter, state)}, dropped
 
 
 def _encode(rule: Rule, wanted: Mapping[str, Format], parameter: Tensor, state: Mapping[str, Any], new: dict[str, Tensor]) -> None:
@@ -230,6 +231,13 @@ def _encode(rule: Rule, wanted: Mapping[str, Format], parameter: Tensor, state: 
         new[name], new[f"{name}_words"] = _as_codes(code, parameter), blocks.words_of(form, parameter, words)
 
 
+def _is_as(form: Format | None, state: Tensor, held: Format | None, parameter: Tensor) -> bool:
+    """Whether ``state``, held in codes of the format ``held`` or in none, is as ``form`` wants it; None wants no codes."""
+    if form is not None and form.words:
+        return held is form and state.dtype == form.dtype and _in_order(state, parameter)
+    return held is None and (form is None or state.dtype == form.dtype)
+
+
 def _in_order(codes: Tensor, parameter: Tensor) -> bool:
     """Whether the blocks of ``codes`` are those of ``parameter`` as it lies in memory now."""
     dense = torch.empty_like(layout.local(parameter), device="meta")
@@ -242,15 +250,49 @@ def _as_codes(elements: Tensor, parameter: Tensor) -> Tensor:
 
 def floats(rule: Rule, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the states of ``rule`` that ``state`` holds as plain tensors: codes decoded to float32, others as they are."""
+    state = _with(state, _unpacked(rule, parameter, state))
     held = held_codes(rule, state)
     # Blocks follow the memory of the codes themselves, whatever the parameter's layout has become since.
     flat = {name: blocks.flat(layout.local(state[name])) for name in held}
     flat |= {f"{name}_words": state[f"{name}_words"] for name in held}
-    values, _ = blocks.decoded_states(held, rule.relative, flat)
+    values = blocks.decoded_states(held, rule.relative, flat)
     found = {name: state[name] for name in rule.states if isinstance(state.get(name), Tensor)}
     return found | {
         name: layout.as_part(blocks.unflat(value, layout.local(state[name])), parameter) for name, value in values.items()
     }
+
+
+def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``state`` as checkpoints hold it: see :mod:`fusedopt.word_tables`; and 16 bits of a master as two bytes.
+
+    The backends of torch.distributed move bytes from rank to rank, but no integers of 16 bits.
+    """
+    found = word_tables.packed(held_codes(rule, state), state)
+    if keeps_master(rule, state) and state["master"].dtype == torch.int16:
+        master = state["master"]
+        part = layout.local(master).unsqueeze(-1).view(torch.uint8)
+        found["master"] = layout.as_part(part, master, (*master.shape, 2))
+    return found
+
+
+def _unpacked(rule: Rule, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what of ``state`` a checkpoint has brought as :func:`packed` made it, as steps take it.
+
+    Raises:
+        RuntimeError: if the parameter's shards cannot read it.
+    """
+    found = word_tables.unpacked(held_codes(rule, state), rule.relative, state, parameter)
+    if keeps_master(rule, state) and state["master"].dtype == torch.uint8:
+        part = layout.local(state["master"]).contiguous().view(torch.int16).squeeze(-1)
+        like = torch.empty_like(layout.local(parameter), dtype=torch.int16, requires_grad=False)
+        found["master"] = layout.as_part(like.copy_(part), parameter)
+    return found
+
+
+def _with(state: Mapping[str, Any], loaded: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return ``state`` with ``loaded`` in the place of what a checkpoint has brought: numbers have no words beside them."""
+    read = {f"{name}_words" for name in loaded}
+    return {**{name: value for name, value in state.items() if name not in read}, **loaded}
 
 
 def _master(form: Format | None, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
         return loss
 
     def state_dict(self, *, format: str | None = None) -> dict[str, Any]:  # noqa: A002  # as numpy and torch call it
-        """Return the state as torch.optim does; step counts are copies.
+        """Return the state as torch.optim does; step counts and codes are copies.
 
         Args:
             format: "torch" for one that torch's optimizer of the same name loads: states in short formats as float32, without
@@ -166,7 +166,7 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
         state_dict = checkpoints.without_shared_scalars(super().state_dict())
         if format == "torch":
             return checkpoints.as_torchs(self, state_dict)
-        return checkpoints.with_version(checkpoints.without_defaults(state_dict, self.own_options()))
+        return checkpoints.with_codes(self, checkpoints.without_defaults(state_dict, self.own_options()))
 
     def __getstate__(self) -> dict[str, Any]:
         return checkpoints.without_shared_scalars(super().__getstate__())

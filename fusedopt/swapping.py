@@ -50,10 +50,15 @@ def swap_in_optimizer_params_and_state(
 
 @torch.no_grad()
 def _write_back(optimizer: FusedOptimizer, states: dict[Any, Any], indices: list[Any]) -> None:
-    """Give step counts and other numbers, which a plan puts into vectors of its own, back to the caller's tensors."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, index in zip(parameters, indices, strict=True):
+    """Give what a plan has put elsewhere, as step counts and the words of codes, back to the caller's tensors."""
+    parameters = ((parameter, group) for group in optimizer.param_groups for parameter in group["params"])
+    for (parameter, group), index in zip(parameters, indices, strict=True):
+        held = checkpoints.with_packed(optimizer, group, optimizer.state[parameter])
         for name, value in states.get(index, {}).items():
-            held = optimizer.state[parameter].get(name)
-            if isinstance(value, Tensor) and value.dim() == 0 and isinstance(held, Tensor) and held is not value:
-                value.copy_(held)
+            own = held.get(name)
+            if isinstance(value, Tensor) and isinstance(own, Tensor) and own is not value and _is_like(own, value):
+                value.copy_(own)
+
+
+def _is_like(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.dtype == b.dtype or a.dim() == 0)

@@ -98,19 +98,26 @@ def decode(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None) 
         words: [blocks, words].
         sizes: what the numbers are relative to, or None.
     """
-    code = _in_blocks(elements).long()
-    parts = (layout.local(words)[: len(code)].long() & _MASK).split(1, dim=1)
-    if form.name in ("size", "root"):
-        size = CODES.decode_size(code, *parts)
-        value = size * size if form.name == "root" else size
-    elif form.name == "relative":
-        assert sizes is not None
-        value = CODES.decode_relative(code, codes.TENSORS["from_bits"](parts[0]), _in_blocks(sizes))
-        size = value
-    else:
-        size = value = CODES.decode_signed(code, codes.TENSORS["from_bits"](parts[0]))
+    code = _in_blocks(elements)
+    own = None if sizes is None else _in_blocks(sizes)
+    value, size = _meaning(form, code, layout.local(words)[: len(code), None], own)
     count = elements.numel()
     return value.reshape(-1)[:count], size.reshape(-1)[:count]
+
+
+def _meaning(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the numbers that codes of any shape mean, and their sizes; ``words`` has one dimension more, and may be broadcast."""
+    code, parts = elements.long(), (words.long() & _MASK).unbind(-1)
+    if form.name in ("size", "root"):
+        size = CODES.decode_size(code, *parts)
+        return (size * size if form.name == "root" else size), size
+    factor = codes.TENSORS["from_bits"](parts[0])
+    if form.name == "relative":
+        assert sizes is not None
+        value = CODES.decode_relative(code, factor, sizes)
+    else:
+        value = CODES.decode_signed(code, factor)
+    return value, value
 
 
 def encode(form: Format, elements: Tensor, random: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,19 +178,34 @@ def split(form: Format, elements: Tensor, random: Tensor | None) -> tuple[Tensor
     return _as_bfloat16(kept), low
 
 
-def decoded_states(
-    forms: Mapping[str, Format], partners: Mapping[str, str], state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the numbers of coded states, flat, and the sizes that they mean, by name.
+def decoded_states(forms: Mapping[str, Format], partners: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the numbers of coded states, flat, by name.
 
     Args:
         forms: of the coded states.
         partners: what relative states are relative to.
         state: flat codes by name, and the words of their blocks by name and ``_words``.
     """
+    padded = {name: _in_blocks(state[name]) for name in forms}
+    words = {name: layout.local(state[f"{name}_words"])[: len(own), None] for name, own in padded.items()}
+    values = meanings(forms, partners, padded, words)
+    return {name: value.reshape(-1)[: state[name].numel()] for name, value in values.items()}
+
+
+def meanings(
+    forms: Mapping[str, Format], partners: Mapping[str, str], states: Mapping[str, Tensor], words: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the numbers of coded states by name.
+
+    Args:
+        forms: of the coded states.
+        partners: what relative states are relative to.
+        states: their codes, of one shape.
+        words: of one dimension more: those of each code, or of neighbours that it is broadcast to.
+    """
     values: dict[str, Tensor] = {}
     sizes: dict[str, Tensor] = {}
     for name in sorted(forms, key=lambda name: forms[name].name == "relative"):
         of = sizes.get(partners.get(name, ""))
-        values[name], sizes[name] = decode(forms[name], state[name], state[f"{name}_words"], of)
-    return values, sizes
+        values[name], sizes[name] = _meaning(forms[name], states[name], words[name], of)
+    return values

@@ -42,7 +42,7 @@ class Coded:
         codes = {name: form for name, form in self._forms.items() if form.words}
         flat = {name: blocks.flat(self._tensors[name], self._parameter) for name in codes}
         words = {name: tensor for name, tensor in self._tensors.items() if name.endswith("_words")}
-        decoded, _ = blocks.decoded_states(codes, self._partners, {**flat, **words})
+        decoded = blocks.decoded_states(codes, self._partners, {**flat, **words})
         p = self._parameter.detach().float()
         if self._form.master is not None:
             kept, master = blocks.flat(self._parameter.detach()), blocks.flat(self._tensors["master"], self._parameter)

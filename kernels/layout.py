@@ -53,15 +53,33 @@ def sharded_as(tensor: Any, like: Any) -> Tensor:
     return result
 
 
-def as_part(tensor: Tensor, like: Any) -> Tensor:
-    """Return ``tensor``, this rank's part, as ``like`` is: sharded in the same way, or whole."""
+def as_part(tensor: Tensor, like: Any, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Return ``tensor``, this rank's part, as ``like`` is: sharded in the same way, or whole.
+
+    Args:
+        tensor: the part.
+        like: a tensor.
+        shape: of the whole result (default: that of ``like``, and its strides).
+    """
     if not is_sharded(like):
         return tensor
     own: Any = type(like)
+    strides = like.stride()
+    if shape is not None:
+        strides = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
     whole: Tensor = own.from_local(
-        tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        tensor, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape or like.shape), stride=strides
     )
     return whole
+
+
+def cuts(tensor: Any) -> tuple[int, ...]:
+    """Return into how many parts each dimension of ``tensor`` is cut."""
+    found = [1] * tensor.dim()
+    for dimension, placement in enumerate(tensor.placements if is_sharded(tensor) else ()):
+        if placement.is_shard():
+            found[placement.dim] *= tensor.device_mesh.size(dimension)
+    return tuple(found)
 
 
 def rows_as_part(rows: Tensor, like: Any) -> Tensor:
@@ -85,11 +103,7 @@ def largest_part(tensor: Any) -> int:
     """Return how many elements the largest part of ``tensor`` has on any rank."""
     if not is_sharded(tensor):
         return int(tensor.numel())
-    sizes = list(tensor.shape)
-    for dimension, placement in enumerate(tensor.placements):
-        if placement.is_shard():
-            sizes[placement.dim] = -(-sizes[placement.dim] // tensor.device_mesh.size(dimension))
-    return math.prod(sizes)
+    return math.prod(-(-size // parts) for size, parts in zip(tensor.shape, cuts(tensor), strict=True))
 
 
 def first_index(tensor: Any) -> int:

@@ -47,22 +47,23 @@ SECONDS = 120
 
 
 class Processes:
-    """Two processes that run functions of test files together, as ranks 0 and 1 of a group."""
+    """Two processes, or more, that run functions of test files together, as ranks 0, 1 and so on of a group."""
 
-    def __init__(self):
+    def __init__(self, ranks=RANKS):
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
-        pipes = [context.Pipe() for _ in range(RANKS)]
+        pipes = [context.Pipe() for _ in range(ranks)]
         self._ends = [ours for ours, _ in pipes]
         meeting = f"file://{self._folder.name}/meeting"
         self._processes = [
-            context.Process(target=serve, args=(rank, meeting, theirs), daemon=True) for rank, (_, theirs) in enumerate(pipes)
+            context.Process(target=serve, args=(rank, ranks, meeting, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:
             process.start()
 
     def run(self, function, *arguments):
-        """Call `function(rank, *arguments)` in both, and raise what either raised."""
+        """Call `function(rank, *arguments)` in all, and raise what any of them raised."""
         for end in self._ends:
             end.send((function, arguments))
         failures = []
@@ -88,10 +89,10 @@ class Processes:
         self._folder.cleanup()
 
 
-def serve(rank, meeting, end):
+def serve(rank, ranks, meeting, end):
     """In a process of its own: run what the pipe names until it is closed."""
     torch.set_num_threads(1)  # two processes share what this machine has
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
     while True:
         function, arguments = end.recv()
         try:

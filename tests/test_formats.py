@@ -581,15 +581,21 @@ def test_a_master_that_is_not_asked_for_is_dropped():
     assert "master" not in plain.state[p]
 
 
-def test_states_can_be_swapped_in():
-    p = torch.nn.Parameter(torch.randn(8192))
-    optimizer = fusedopt.AdamW([p], state_format="8bit")
-    p.grad = torch.randn(8192)
-    optimizer.step()
+@pytest.mark.parametrize("variant", ["8bit", "split16"])
+def test_states_can_be_swapped_in(variant):
+    """They are written in place, as torch's are, and go on from there."""
+    name, dtype, options = VARIANTS[variant]
+    optimizer, other, expected = (train(make(name, dtype, **options)) for _ in range(3))
+    train(other, 2, first=4)
+    train(expected, 1, first=6)
     state = copy.deepcopy(optimizer.state_dict())
-    with fusedopt.swap_in_optimizer_params_and_state(optimizer, {"p": torch.zeros(8192)}, state):
-        optimizer.step()
-    assert p.detach().abs().max() > 1
+    values = {str(i): param.detach().clone() for i, param in enumerate(parameters(optimizer))}
+    with fusedopt.swap_in_optimizer_params_and_state(other, values, state):
+        train(other, 1, first=6)
+    optimizer.load_state_dict(state)
+    for param, value in zip(parameters(optimizer), values.values(), strict=True):
+        param.data.copy_(value)
+    assert equal(train(optimizer, 1, first=7), train(expected, 1, first=7))
 
 
 def test_a_mapping_that_is_changed_in_place_is_noticed():
