@@ -140,7 +140,7 @@ class Adafactor(FusedOptimizer, torch.optim.Adafactor):
 
     def _planned(self, parameters: list[Tensor], gradients: list[Tensor | None]) -> tuple[Prepared, list[list[Tensor | None]]]:
         """Return a plan that holds for these, and the gradients by its buckets."""
-        switches = [(group["fused"], group["foreach"], len(group["params"])) for group in self.param_groups]
+        switches = [(group.get("fused"), group["foreach"], len(group["params"])) for group in self.param_groups]
         key = (switches, backends.state())
         prepared = self._prepared
         # The plans of waves are made, and so checked, anew.
@@ -177,7 +177,7 @@ class Adafactor(FusedOptimizer, torch.optim.Adafactor):
                 members.append(member)
             else:
                 prepared.torch_indices.add(index)
-                if group["fused"] is None and group["foreach"] is None:
+                if group.get("fused") is None and group["foreach"] is None:
                     warn_unfused(self, reason)
         first, *later = waves(members)
         # Everything that can be refused is refused while planning, before a state is attached or a parameter changes.

@@ -194,9 +194,9 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
             handle.remove()
         for group, own in zip(self.param_groups, before, strict=True):
             low_bit.leave(self, group, own)
-            for name in FORMAT_OPTIONS:
+            for name in (*IMPLEMENTATION_OPTIONS, *FORMAT_OPTIONS):
                 group.pop(name, None)
-            group.update({name: own[name] for name in (*IMPLEMENTATION_OPTIONS, *FORMAT_OPTIONS) if name in own})
+                group.update({name: own[name]} if name in own else {})
             group.pop(checkpoints.VERSION_KEY, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -207,9 +207,6 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
             for name, value in own.items():
                 group.setdefault(name, value)
         super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self._own_options:
-                group.setdefault(name, value)
 
     # --- the step ---------------------------------------------------------------------------------------------------------
 

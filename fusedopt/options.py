@@ -89,8 +89,8 @@ class TakingOptions(torch.optim.Optimizer):
         """Add options that torch's constructor does not take to all groups."""
         check_options(step_options, type(self).__name__)
         # What is as it would be anyway stays out of the groups, which so are torch's: its checkpoints are read by their keys.
-        asked = {name: value for name, value in step_options.items() if value != STEP_DEFAULTS[name]}
-        options = {**asked, **options}
+        plain = dict(self.own_options())
+        options = {name: value for name, value in {**step_options, **options}.items() if name not in plain or value != plain[name]}
         if options.get("fused"):
             if self.defaults.get("differentiable"):
                 raise RuntimeError("`fused` does not support `differentiable`")

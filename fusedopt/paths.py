@@ -38,7 +38,7 @@ def choose(optimizer: FusedOptimizer, parameter: Tensor, gradient: Tensor | None
     if asked is None:
         name, reason = backends.choose(parameter, gradient)
         asked = optimizer._obstacle(parameter, name, reason)
-        if asked is not None and group["fused"] and backends.state() == (None, False):
+        if asked is not None and group.get("fused") and backends.state() == (None, False):
             raise RuntimeError(
                 f"{_SUPPORTED}, but a parameter of shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device} has no "
                 f"kernel: {asked}; construct the optimizer with fused=None, which takes torch's own implementation there"
@@ -50,7 +50,7 @@ def choose(optimizer: FusedOptimizer, parameter: Tensor, gradient: Tensor | None
     sparse = gradient is not None and gradient.layout != torch.strided
     if sparse and optimizer._sparse_message is not None:
         raise RuntimeError(optimizer._sparse_message)
-    if sparse and group["fused"]:
+    if sparse and group.get("fused"):
         raise RuntimeError(
             "`fused=True` does not support sparse gradients: construct the optimizer with fused=None, which leaves "
             "parameters with sparse gradients to torch's implementation"
@@ -72,11 +72,11 @@ def check(index: int, parameter: Tensor, gradient: Tensor | None, group: dict[st
     """Raise RuntimeError if ``path`` cannot update ``parameter``, or may not because of ``fused=True``."""
     what = f"parameter {index} (shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device})"
     if parameter.device.type == "meta":
-        prefix = f"{_SUPPORTED}, but " if group["fused"] else ""
+        prefix = f"{_SUPPORTED}, but " if group.get("fused") else ""
         raise RuntimeError(f"{prefix}{what} has no memory: call to_empty() and initialise it before the first step with a gradient")
     if path != "torch" and not (parameter.is_floating_point() or parameter.is_complex()):
         raise RuntimeError(f"{_SUPPORTED}, but {what} is not floating point: convert it, or leave it out of the optimizer")
-    if group["fused"] and path == "tensor" and not backends.disabled():
+    if group.get("fused") and path == "tensor" and not backends.disabled():
         raise RuntimeError(
             f"{_SUPPORTED}, but no kernel can update {what}: {backends.choose(parameter, gradient)[1]}; construct the "
             "optimizer with fused=None, which takes a slower path where no kernel serves"

@@ -118,7 +118,7 @@ def prepare(
                     if gradient is not None and gradient.layout != torch.strided:
                         prepared.sparse_indices.add(index)
                 else:
-                    if path == "tensor" and group["fused"] is None and group.get("foreach") is None:
+                    if path == "tensor" and group.get("fused") is None and group.get("foreach") is None:
                         warn_unfused(optimizer, reason)
                     members.append(member)
                     prepared.backends[index] = path

@@ -92,7 +92,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         self._set_options(options, decoupled_weight_decay=decoupled_weight_decay, capturable=capturable)
 
     def _torch_lacks(self, group: dict[str, Any]) -> str | None:
-        return "decoupled_weight_decay=True" if group["decoupled_weight_decay"] and group["weight_decay"] != 0 else None
+        return "decoupled_weight_decay=True" if group.get("decoupled_weight_decay", False) and group["weight_decay"] != 0 else None
 
     def _accumulation(self, group: dict[str, Any]) -> Rule:
         if group["momentum"] == 0:
@@ -112,4 +112,4 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             rule = rules.gradient_descent
         else:
             rule = rules.nesterov_momentum if group["nesterov"] else rules.momentum
-        return decay_of(rule, decays, group["decoupled_weight_decay"])
+        return decay_of(rule, decays, group.get("decoupled_weight_decay", False))
