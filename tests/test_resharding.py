@@ -131,9 +131,10 @@ def read(rank, way, ranks, folder, name, dtype, options, same):
     found = numbers(model, optimizer)
     if same:
         assert_equal(found, after)
-    # Coding anew costs another rounding: parameters in bfloat16 may take another number for it, and states stay close.
+    # Coding anew costs a rounding: in a block whose roots span 20 binades of 255 codes, as those of these gradients do, to the next
+    # of squares that are 2^(2 * 20 / 254) apart, 12 %. Parameters in bfloat16 may take other numbers for it.
     distances = {name: float((found[name] - value).norm() / value.norm()) for name, value in after.items() if "." in name}
-    assert max(distances.values()) <= 0.02, distances
+    assert max(distances.values()) <= 0.12, distances
 
 
 @pytest.fixture(scope="module")
