@@ -389,6 +389,28 @@ def test_resumes_bit_for_bit(name, dtype, options, via):
     assert equal(first, second)
 
 
+def test_a_state_dict_keeps_its_codes_while_training_goes_on():
+    """Codes of now beside words of then would mean neither."""
+    first = train(make(state_format="8bit"))
+    saved, expected = first.state_dict(), copy.deepcopy(first.state_dict(format="torch")["state"][0])
+    train(first, 2, first=4)
+    second = make(state_format="8bit")
+    second.load_state_dict(saved)
+    found = second.state_dict(format="torch")["state"][0]
+    assert all(same_bits(found[name], expected[name]) for name in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("variant", ["8bit", "split16"])
+def test_states_that_somebody_else_puts_into_place_are_read(variant):
+    """As ZeroRedundancyOptimizer does, past load_state_dict."""
+    name, dtype, options = VARIANTS[variant]
+    first, second = train(make(name, dtype, **options)), make(name, dtype, **options)
+    for state, p, q in zip(first.state_dict()["state"].values(), parameters(first), parameters(second), strict=True):
+        q.data.copy_(p.data)
+        second.state[q] = copy.deepcopy(state)
+    assert equal(train(first, 2, first=4), train(second, 2, first=4))
+
+
 @pytest.mark.parametrize("via", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_go_on_bit_for_bit(via):
     first = train(make(dtype=BFLOAT16, state_format="8bit", master_weights="split16"))
