@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fusedopt import low_bit, paths
 from fusedopt.kernels import blocks
+from fusedopt.kernels.formats import Format
 from fusedopt.kernels.tables import BY_ADDRESS
 from fusedopt.optimizer import FusedOptimizer
 
@@ -71,16 +73,22 @@ def _tiny(optimizer: FusedOptimizer) -> FusedOptimizer:
                     kinds[kind] = stand_in = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
                     stand_in.grad = torch.ones_like(stand_in)
                     if state:
-                        states[stand_in] = {name: _small(name, value, shape) for name, value in state.items()}
+                        codes = low_bit.held_codes(optimizer._update(group, False).rule, state)
+                        states[stand_in] = {name: _small(name, value, shape, codes) for name, value in state.items()}
         groups.append({**group, "params": list(kinds.values())})
     tiny = type(optimizer).__new__(type(optimizer))
     tiny.__setstate__({"defaults": optimizer.defaults, "state": states, "param_groups": groups})
     return tiny
 
 
-def _small(name: str, value: Any, shape: tuple[int, ...]) -> Any:
+def _small(name: str, value: Any, shape: tuple[int, ...], codes: Mapping[str, Format]) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if name.endswith("_words"):
-        shape = (blocks.blocks(math.prod(shape)), value.shape[1])
-    return value.detach().clone() if value.dim() == 0 else torch.zeros(shape, dtype=value.dtype, device=value.device)
+    if value.dim() == 0:
+        return value.detach().clone()
+    # As steps take it, whether or not a checkpoint has just brought it.
+    form = codes.get(name.removesuffix("_words")) if name.endswith("_words") else None
+    if form is not None:
+        shape = (blocks.blocks(math.prod(shape)), form.words)
+    dtype = torch.int16 if name == "master" and value.dtype == torch.uint8 else value.dtype
+    return torch.zeros(shape, dtype=dtype, device=value.device)

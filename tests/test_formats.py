@@ -262,11 +262,13 @@ def test_parameters_that_formats_do_not_serve_are_refused(dtype, options, count)
     assert other.detach().abs().min() > 0
 
 
-@pytest.mark.parametrize("stepped", [False, True], ids=["new", "with states"])
-def test_warmup_prepares_the_kernels_of_short_formats(stepped, monkeypatch):
+@pytest.mark.parametrize("has", ["no states", "states", "states of a checkpoint"])
+def test_warmup_prepares_the_kernels_of_short_formats(has, monkeypatch):
     optimizer = make(dtype=BFLOAT16, state_format="8bit", master_weights="split16")
-    if stepped:
+    if has != "no states":
         train(optimizer, 1)
+    if has == "states of a checkpoint":
+        optimizer.load_state_dict(optimizer.state_dict())
     prepared, prepare = [], backends.prepare
     monkeypatch.setattr(backends, "prepare", lambda backend, kind: (prepared.append(kind), prepare(backend, kind)))
     fusedopt.warmup(optimizer)
