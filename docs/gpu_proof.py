@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,54 +34,6 @@ STORED = {
 #: What is shown for itself.
 SHOWN = {"gradient_descent": "SGD", "momentum": "SGD with momentum", "adam": "AdamW", "amsgrad": "AdamW with AMSGrad"}
 NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
-SHORT = ("bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Excess:
-    """A limit that is exceeded, and why.
-
-    Args:
-        message: a part of how it is reported.
-        stored: the formats.
-        targets: the GPUs.
-        rules: by name.
-        reason: why, and what would help.
-    """
-
-    message: str
-    stored: tuple[str, ...]
-    targets: tuple[str, ...]
-    rules: tuple[str, ...]
-    reason: str
-
-    def covers(self, name: str, stored: str, target: str, message: str) -> bool:
-        """Whether ``message`` about a kernel is this excess."""
-        return self.message in message and stored in self.stored and target in self.targets and name in self.rules
-
-
-EXCEEDED = (
-    Excess(
-        "registers, more than",
-        SHORT,
-        tuple(TARGETS),
-        ("amsgrad", "adadelta", "centered_rmsprop_momentum"),
-        "8 elements of four or five arrays, with what three divisions and roots keep; with 4, accesses would be of 64 bits",
-    ),
-    Excess(
-        "registers, more than",
-        (*SHORT, "bfloat16, float32 states"),
-        ("gfx90a", "gfx942"),
-        tuple(RULES),
-        "a compute unit has 512 registers a lane, and these leave room for six of its eight waves",
-    ),
-)
-
-
-def excess_of(name: str, stored: str, target: str, message: str) -> Excess | None:
-    """Return the excess that a kernel's ``message`` is, or None where it is not known."""
-    return next((excess for excess in EXCEEDED if excess.covers(name, stored, target, message)), None)
-
 
 PAGE = Path(__file__).with_name("gpu_proof.md")
 
@@ -165,12 +116,9 @@ def _rows(titles: list[str], rows: list[list[str]]) -> str:
 def page() -> str:
     """Return the text of the page."""
     found = list(costs())
-    exceeded: dict[Excess | None, list[tuple[str, str, str, str]]] = {}
-    for name, stored, cost, messages in found:
-        for message in messages:
-            excess = excess_of(name, stored, cost.target, message)
-            exceeded.setdefault(excess, []).append((name, stored, cost.target, message))
-    lines = [_described(excess, each) for excess, each in exceeded.items()]
+    exceeded = [
+        f"- `{name}` in {stored} on {cost.target}: {'; '.join(messages)}" for name, stored, cost, messages in found if messages
+    ]
     moved = bytes_of_adamw()
     titles = ["registers", "occupancy", "128-bit loads, stores", "instructions an element"]
     return TEXT.format(
@@ -183,7 +131,7 @@ def page() -> str:
         registers=table.MOST_REGISTERS["sm_90"],
         rdna=table.MOST_REGISTERS["gfx1100"],
         violations="\n".join(
-            [f"Of {len(found)} kernels these exceed one:", "", *lines] if lines else [f"All {len(found)} kernels keep them."]
+            [f"Of {len(found)} kernels these exceed one:", "", *exceeded] if exceeded else [f"All {len(found)} kernels keep them."]
         ),
         shown=_rows(
             ["optimizer", "format", "target", *titles],
@@ -210,17 +158,6 @@ def page() -> str:
             ],
         ),
     )
-
-
-def _described(excess: Excess | None, each: list[tuple[str, str, str, str]]) -> str:
-    """Return a line about kernels that exceed one limit."""
-    names, stored, targets, messages = (list(dict.fromkeys(column)) for column in zip(*each, strict=True))
-    registers = sorted(int(message.split()[0]) for message in messages if "registers" in message)
-    what = f"{registers[0]} to {registers[-1]} registers" if registers else "; ".join(messages)
-    rules_named = "all rules" if len(names) == len(RULES) else ", ".join(f"`{name}`" for name in names)
-    reason = "for a reason that is not known" if excess is None else excess.reason
-    where = f"of {rules_named}, in {'; '.join(stored)}, on {', '.join(targets)}"
-    return f"- {len(each)} kernels, {where}: {what}. {reason[0].upper()}{reason[1:]}."
 
 
 def _worst(stored: str, target: str, each: list[table.Cost]) -> list[str]:

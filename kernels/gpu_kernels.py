@@ -11,11 +11,16 @@ from fusedopt.kernels.formats import FORMATS, compute_dtype
 from fusedopt.kernels.tables import CHUNK
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fusedopt.kernels.formats import Format
     from fusedopt.kernels.tables import Kind
 
 #: Elements a program; its warps follow from how many of them a thread takes.
 BLOCK = 1024
+# Parts of a ragged block, one after the other: 2 elements a thread where it has 8. Accesses under a mask are of one element,
+# which takes a register until it is packed: in one part AdamW in bfloat16 takes 56 registers and not 48, AMSGrad 71 and not 56.
+_PARTS = 4
 # One tensor a thread of one warp, for the kernel that computes coefficients.
 TENSORS_A_PROGRAM = 32
 # A thread sums 4 lanes of a piece, and has as many 4-byte loads under way as the compiler takes out of the loop.
@@ -32,11 +37,18 @@ import triton
 import triton.language as tl
 
 from fusedopt.kernels.gpu_runtime import (
-    absolute, divide_{compute} as divide, maximum, negative, nonzero, sign, sqrt_{compute} as sqrt, where,
+    absolute, divide_{compute} as divide, maximum, negative, nonzero, sign, sqrt_{compute} as sqrt, thread_halves, thread_whole,
+    where,
 )
 
 
 {functions}
+
+
+@triton.jit
+def update_elements({arrays}, {coefficients}):
+    {element}
+    return {results}
 
 
 @triton.jit
@@ -48,20 +60,21 @@ def update_block({pointers}, row, remaining, present, MASKED: tl.constexpr, BLOC
     else:
         mask = None
         exists = None
-    {coefficients}
     {loads}
-    {element}
+    {updates}
     {stores}
 
 
 '''
     + gpu_blocks.RUN_HEAD
     + """\
-    # A mask makes every access scalar: only ragged ends have one.
+    # A mask makes every access scalar: only ragged ends have one, and walk in parts, for fewer registers.
     if remaining >= BLOCK:
         update_block({pointers}, row, 0, 0, False, BLOCK)
     else:
-        update_block({pointers}, row, remaining.to(tl.int32), tl.minimum(present, BLOCK).to(tl.int32), True, BLOCK)
+        end = tl.minimum(present, BLOCK).to(tl.int32)
+        for start in range(0, end, BLOCK // {parts}):
+            update_block({moved}, row, remaining.to(tl.int32) - start, end - start, True, BLOCK // {parts})
 """
 )
 
@@ -127,20 +140,16 @@ def kernel_source(kind: Kind) -> str:
     names = generate.coefficient_names(update)
     widest = max(form.itemsize for form in kind.formats)
 
-    def load(array: str) -> str:
-        return f"{array} = tl.load({array}_at + offsets, mask=mask).to(tl.{compute})"
-
-    def store(array: str, value: str) -> str:
-        return f"tl.store({array}_at + offsets, {value}.to({array}_at.dtype.element_ty), mask=mask)"
-
-    loads = [load(array) for array, _ in arrays]
-    if kind.unscale:
-        loads.append("g = c_inverse_scale * g")
+    stored = [array for array, _ in arrays if array != "g" or (kind.unscale and not kind.zero_grad)]
+    loads = [f"{name} = tl.load(row + {i})" for i, name in enumerate(names)]
+    loads += [f"{array} = tl.load({array}_at + offsets, mask=mask)" for array, _ in arrays]
     if kind.zero_grad:
         # Also where a step is left out, or a scaler would find the same infinities in the next one.
         loads.append("tl.store(g_at + offsets, tl.zeros((BLOCK,), g_at.dtype.element_ty), mask=exists)")
-    elif kind.unscale:
-        loads.append(store("g", "g"))
+    element = [f"{array} = stored_{array}.to(tl.{compute})" for array, _ in arrays]
+    if kind.unscale:
+        element += ["g = c_inverse_scale * g", *(["new_g = g"] if "g" in stored else [])]
+    element += generate.element(update)
     open_arrays = []
     for row, (array, form) in enumerate(arrays):
         open_arrays.append(f"{array}_at = tl.load(addresses + {row} * tensors + tensor).to(tl.pointer_type(tl.{form.name}))")
@@ -153,14 +162,38 @@ def kernel_source(kind: Kind) -> str:
         runtime=_runtime(),
         compute=compute,
         functions=generate.functions(generate.functions_of_elements(update), "@triton.jit", source.Divisions()),
+        arrays=", ".join(f"stored_{array}" for array, _ in arrays),
+        coefficients=", ".join(names),
+        element=generate.indent(element, 4),
+        results=", ".join(f"new_{array}.to(stored_{array}.dtype)" for array in stored) + ",",
         pointers=", ".join(f"{array}_at" for array, _ in arrays),
-        coefficients=generate.indent([f"{name} = tl.load(row + {i})" for i, name in enumerate(names)], 4),
+        moved=", ".join(f"{array}_at + start" for array, _ in arrays),
         loads=generate.indent(loads, 4),
-        element=generate.indent(generate.element(update), 4),
-        stores=generate.indent([store(array, f"new_{array}") for array, _ in arrays if array != "g"], 4),
+        updates=generate.indent(_updates(kind, [array for array, _ in arrays], stored, names), 4),
+        stores=generate.indent([f"tl.store({array}_at + offsets, new_{array}, mask=mask)" for array in stored], 4),
+        parts=min(_PARTS, _elements_a_thread(kind)),
         row_length=len(names),
         open_arrays=generate.indent(open_arrays, 4),
     )
+
+
+def _updates(kind: Kind, arrays: Sequence[str], stored: Sequence[str], coefficients: Sequence[str]) -> list[str]:
+    """Return the lines that call ``update_elements``: for all elements of a thread, or for one half after the other."""
+
+    def call(end: str) -> str:
+        results, given = (", ".join(f"{prefix}{array}{end}" for array in each) for prefix, each in (("new_", stored), ("", arrays)))
+        return f"{results}, = update_elements({given}, {', '.join(coefficients)})"
+
+    if not (_keeps_much(kind) and _elements_a_thread(kind) == 8):
+        return [call("")]
+    return [
+        "if MASKED:",
+        f"    {call('')}",
+        "else:",
+        *(f"    {array}_0, {array}_1 = thread_halves({array})" for array in arrays),
+        *(f"    {call(end)}" for end in ("_0", "_1")),
+        *(f"    new_{array} = thread_whole(new_{array}_0, new_{array}_1)" for array in stored),
+    ]
 
 
 def prepare_source(kind: Kind) -> str:
@@ -213,20 +246,25 @@ def prepare_source(kind: Kind) -> str:
 
 
 @functools.cache
+def _keeps_much(kind: Kind) -> bool:
+    """Whether the slow paths of divisions and roots find so much to keep that 8 elements would take more than 64 registers."""
+    text = generate.functions(generate.functions_of_elements(kind.update), "@triton.jit", source.Divisions())
+    return len(kind.formats) + text.count("divide(") + text.count("sqrt(") > 6
+
+
 def _elements_a_thread(kind: Kind) -> int:
     """Return how many elements a thread takes: as many as leave it at most 64 registers.
 
     Two 16-byte accesses to each float32 array keep the memory busy with half of the threads that a multiprocessor holds: 8
     elements, in 48-64 registers without spills for AdamW on sm_90. Where more has to be kept, by five arrays or by the
     slow paths of three exact divisions and roots, 8 would take up to 80 registers, and 4 take 48; of float64 2 take 56, and
-    8 would take 134. 4 elements of two bytes each could not be accessed by 16 bytes, so these stay 8.
+    8 would take 134. 4 elements of two bytes each could not be accessed by 16 bytes, so these stay 8, and are computed as two
+    halves, one after the other.
     """
     widest = max(form.itemsize for form in kind.formats)
     if widest == 8:
         return 2
-    text = generate.functions(generate.functions_of_elements(kind.update), "@triton.jit", source.Divisions())
-    kept = len(kind.formats) + text.count("divide(") + text.count("sqrt(")
-    return 4 if widest == 4 and kept > 6 else 8
+    return 4 if widest == 4 and _keeps_much(kind) else 8
 
 
 def options(kind: Kind, lanes: int) -> dict[str, Any]:

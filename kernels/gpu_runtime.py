@@ -57,6 +57,17 @@ def nonzero(x):
 
 
 @triton.jit
+def thread_halves(x):
+    # Of each thread's 8 elements the first 4 and the last 4, which stay in their registers.
+    return tl.split(tl.trans(tl.reshape(x, (x.shape[0] // 8, 2, 4)), (0, 2, 1)))
+
+
+@triton.jit
+def thread_whole(first, second):
+    return tl.reshape(tl.trans(tl.join(first, second), (0, 2, 1)), (first.shape[0] * 8,))
+
+
+@triton.jit
 def number(x: tl.constexpr):
     return tl.full((), x, tl.float64)  # a literal beside no block is float32
 

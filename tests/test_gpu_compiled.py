@@ -34,8 +34,7 @@ def matrix():
 @pytest.mark.parametrize(("name", "stored", "target"), matrix())
 def test_limits(name, stored, target):
     kind = gpu_proof.kind(gpu_proof.RULES[name], stored)
-    messages = table.violations(kind, table.cost(offline.compile_update(kind, target), target))
-    assert [message for message in messages if gpu_proof.excess_of(name, stored, target, message) is None] == []
+    assert table.violations(kind, table.cost(offline.compile_update(kind, target), target)) == []
 
 
 @pytest.mark.parametrize(

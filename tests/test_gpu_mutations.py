@@ -132,6 +132,10 @@ def short_format():
     executed.check(named("adamw"), draw([2048], torch.bfloat16), [draw([2048], torch.bfloat16)])
 
 
+def in_halves():
+    executed.check(named("adam-amsgrad"), draw([2048], torch.bfloat16), [draw([2048], torch.bfloat16)])
+
+
 def special_numbers():
     special = torch.tensor([0.0, -0.0, torch.inf, torch.nan, 1e-45, 3e38]).repeat(3)
     executed.check(named("adam-amsgrad"), [torch.randn(18)], [[special], [special.roll(1)]])
@@ -202,7 +206,7 @@ KERNEL = [
     Mutation("mask one element too short", "offsets < remaining", "offsets < remaining - 1", ragged_ends),
     Mutation(
         "ragged blocks unmasked",
-        "row, remaining.to(tl.int32), tl.minimum(present, BLOCK).to(tl.int32), True, BLOCK",
+        "row, remaining.to(tl.int32) - start, end - start, True, BLOCK",
         "row, 0, 0, False, BLOCK",
         ragged_ends,
     ),
@@ -228,21 +232,30 @@ KERNEL = [
         "tl.store(s_exp_avg_at + offsets, s_exp_avg",
         whole_blocks,
     ),
+    Mutation("part of a ragged block left out", "range(0, end,", "range(0, end - BLOCK // 4,", ragged_ends),
+    Mutation("parts of a ragged block in one place", "p_at + start", "p_at", ragged_ends),
+    Mutation("part beyond the end", "row, remaining.to(tl.int32) - start", "row, remaining.to(tl.int32)", ragged_ends),
+    Mutation(
+        "halves of a thread exchanged",
+        "new_p = thread_whole(new_p_0, new_p_1)",
+        "new_p = thread_whole(new_p_1, new_p_0)",
+        in_halves,
+    ),
     Mutation("parameter stored over the gradient", "tl.store(p_at", "tl.store(g_at", whole_blocks),
     Mutation("chunks of the neighbour", "chunks + 2 * chunk)", "chunks + 2 * chunk + 2)", whole_blocks),
     Mutation("found_inf not asked", "if GUARDED:", "if False:", left_out),
     Mutation("found_inf the wrong way round", "tl.load(found_inf) == 0", "tl.load(found_inf) != 0", left_out),
     Mutation(
         "unscaled gradient stored before it is",
-        "tl.store(g_at + offsets, g",
-        "tl.store(g_at + offsets, (g / c_inverse_scale)",
+        "new_g = g",
+        "new_g = g / c_inverse_scale",
         unscaled,
     ),
     Mutation("gradient not unscaled", "g = c_inverse_scale * g", "g = g", unscaled),
     Mutation(
         "bfloat16 truncated",
-        "new_p.to(p_at.dtype.element_ty)",
-        "new_p.to(p_at.dtype.element_ty, fp_downcast_rounding='rtz')",
+        "new_p.to(stored_p.dtype)",
+        "new_p.to(stored_p.dtype, fp_downcast_rounding='rtz')",
         short_format,
     ),
     Mutation(
