@@ -33,7 +33,6 @@ STORED = {
 }
 #: What is shown for itself.
 SHOWN = {"gradient_descent": "SGD", "momentum": "SGD with momentum", "adam": "AdamW", "amsgrad": "AdamW with AMSGrad"}
-NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
 
 PAGE = Path(__file__).with_name("gpu_proof.md")
 

@@ -53,16 +53,12 @@ from fusedopt.kernels.gpu_runtime import (
 
 
 @triton.jit
-def update_block({arguments}, start, index, remaining, present, key, other_key, MASKED: tl.constexpr):
+def update_block({arguments}, start, index, remaining, key, other_key, MASKED: tl.constexpr):
     lanes = tl.arange(0, {block})
     if MASKED:
         mask = lanes < remaining
-        exists = lanes < present
-        writes = remaining > 0
     else:
         mask = None
-        exists = None
-        writes = True
     offsets = start + lanes
     {lines}
 
@@ -72,14 +68,14 @@ def update_block({arguments}, start, index, remaining, present, key, other_key, 
     + """\
     {coefficients}
     {keys}
-    for part in range(0, BLOCK, {block}):
-        start = first + part
-        # A mask makes every access scalar: only ragged ends have one.
-        if remaining - part >= {block}:
-            update_block({arguments}, start, index + start, 0, 0, key, other_key, False)
-        elif present > part:
-            rest = tl.maximum(remaining - part, 0)
-            update_block({arguments}, start, index + start, rest, present - part, key, other_key, True)
+    {left_out}
+    full = (tl.minimum(remaining, BLOCK) // {block} * {block}).to(tl.int32)
+    for part in range(0, full, {block}):
+        update_block({arguments}, first + part, index + first + part, 0, key, other_key, False)
+    # A mask makes every access scalar: only ragged ends have one. Not in the loop, in which each access would keep its address.
+    if (remaining > full) & (full < BLOCK):
+        rest = remaining.to(tl.int32) - full
+        update_block({arguments}, first + full, index + first + full, rest, key, other_key, True)
 """
 )
 
@@ -161,15 +157,15 @@ def kernel_source(kind: Kind) -> str:
                 lines += [
                     f"first, distance = grid(word(tl.min(word({array}_bits - 1), axis=0) + 1), highest)",
                     "base, kept_distance = grid_words(first, distance, highest)",
-                    f"tl.store({words}, base, mask=writes)",
-                    f"tl.store({words} + 1, kept_distance, mask=writes)",
+                    f"tl.store({words}, base)",
+                    f"tl.store({words} + 1, kept_distance)",
                     f"code, {array}_size = encode_{form.name}(new_{array}, first, distance, divide(float32(1.0), real(distance)), "
                     f"{_half(slots[array])})",
                 ]
             else:
                 lines += [
                     f"factor, inverse = {form.name}_factors(highest)",
-                    f"tl.store({words}, bits(factor), mask=writes)",
+                    f"tl.store({words}, bits(factor))",
                     f"code = encode_{form.name}(new_{array}, inverse, {_half(slots[array])})",
                 ]
             lines.append(f"tl.store({array}_at + offsets, code.to(tl.uint8), mask=mask)")
@@ -180,9 +176,16 @@ def kernel_source(kind: Kind) -> str:
             stores.append(f"tl.store({array}_at + offsets, new_{array}.to({array}_at.dtype.element_ty), mask=mask)")
     if kind.unscale:
         loads.append("g = c_inverse_scale * g")
+    left_out: list[str] = []
     if kind.zero_grad:
+        loads.append(f"tl.store(g_at + offsets, tl.zeros(({BLOCK},), g_at.dtype.element_ty), mask=mask)")
         # Also where a step is left out, or a scaler would find the same infinities in the next one.
-        loads.append(f"tl.store(g_at + offsets, tl.zeros(({BLOCK},), g_at.dtype.element_ty), mask=exists)")
+        left_out = [
+            "if remaining < present:",
+            f"    for part in range(0, tl.minimum(present, BLOCK).to(tl.int32), {BLOCK}):",
+            f"        lanes = part + tl.arange(0, {BLOCK})",
+            f"        tl.store(g_at + first + lanes, tl.zeros(({BLOCK},), g_at.dtype.element_ty), mask=lanes < present)",
+        ]
     elif kind.unscale:
         loads.append("tl.store(g_at + offsets, g.to(g_at.dtype.element_ty), mask=mask)")
     random = []
@@ -209,6 +212,7 @@ def kernel_source(kind: Kind) -> str:
         open_arrays=generate.indent(open_arrays, 4),
         coefficients=generate.indent([f"{name} = tl.load(row + {i})" for i, name in enumerate(names)], 4),
         keys=generate.indent(keys, 4),
+        left_out=generate.indent(left_out, 4),
         row_length=kind.row_length,
         block=BLOCK,
     )

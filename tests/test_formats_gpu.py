@@ -59,10 +59,10 @@ def test_a_device_counts_the_steps_of_chance():
 FLOAT32, BFLOAT16 = FORMATS[torch.float32], FORMATS[torch.bfloat16]
 #: The formats of a kernel, and the registers that it may take.
 KINDS = {
-    "8bit": ((FLOAT32, FLOAT32, CODES["relative"], CODES["root"]), 224),
-    "bf16": ((FLOAT32, FLOAT32, BFLOAT16_BY_CHANCE, BFLOAT16_BY_CHANCE), 96),
-    "8bit, bfloat16": ((BFLOAT16, BFLOAT16, CODES["relative"], CODES["root"]), 224),
-    "split16": ((MASTERS["split16"], BFLOAT16, CODES["relative"], CODES["root"]), 255),
+    "8bit": ((FLOAT32, FLOAT32, CODES["relative"], CODES["root"]), 112),
+    "bf16": ((FLOAT32, FLOAT32, BFLOAT16_BY_CHANCE, BFLOAT16_BY_CHANCE), 88),
+    "8bit, bfloat16": ((BFLOAT16, BFLOAT16, CODES["relative"], CODES["root"]), 112),
+    "split16": ((MASTERS["split16"], BFLOAT16, CODES["relative"], CODES["root"]), 128),
 }
 
 

@@ -177,6 +177,13 @@ def codes(found_inf: float | None = None):
     assert_equal_bits(made[1], made[0])
 
 
+def codes_not_finite():
+    """Zeros are stored where the device itself leaves a step out."""
+    start, gradients = draw([5000], torch.float32), [draw([5000], torch.float32) for _ in range(2)]
+    gradients[1][0][3] = torch.inf
+    options.check(named("adamw"), start, gradients, **options.OPTIONS["all"], state_format="8bit")
+
+
 def codes_left_out():
     codes(1.0)
 
@@ -288,7 +295,17 @@ CODES = [
         "what does not exist in a block's range", "tl.where(mask, s_exp_avg_bits, 0)", "s_exp_avg_bits + lanes.to(tl.uint32)", codes
     ),
     Mutation("words of the neighbour", "(start // 256), base", "(start // 256 + 2), base", codes),
-    Mutation("the same chance in all blocks", "index + start, 0, 0, key", "index, 0, 0, key", codes),
+    Mutation("the same chance in all blocks", "index + first + part, 0, key", "index, 0, key", codes),
+    Mutation("end of a tensor left out", "if (remaining > full)", "if (remaining < full)", codes),
+    Mutation(
+        "end of a tensor one element too short",
+        "rest = remaining.to(tl.int32) - full",
+        "rest = remaining.to(tl.int32) - full - 1",
+        codes,
+    ),
+    Mutation(
+        "infinities left where a coded step is left out", "if remaining < present:", "if remaining > present:", codes_not_finite
+    ),
     Mutation("the same chance in all steps", "word(tl.load(row + 9))", "word(tl.load(row + 9) * 0)", codes),
     Mutation("one chance for both moments", "word(random_0 >> 16)", "word(random_0 & 65535)", codes),
     Mutation(
@@ -303,7 +320,7 @@ CODES = [
         "s_exp_avg_sq = s_exp_avg_sq_size",
         codes,
     ),
-    Mutation("words stored by a step that is left out", "bits(factor), mask=writes", "bits(factor + 1.0)", codes_left_out),
+    Mutation("words stored by a step that is left out", "if (remaining > full)", "if (remaining >= full)", codes_left_out),
     Mutation(
         "chance where nothing is between two codes", "word(below + 2), word(below + 1)", "word(below + 1), word(below + 1)", codes
     ),
