@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +73,14 @@ def without_shared_scalars(state_dict: dict[str, Any]) -> dict[str, Any]:
         return state_dict
     copies = {key: _without_shared_scalars(value) for key, value in state.items()}
     return {**state_dict, "state": defaultdict(dict, copies) if isinstance(state, defaultdict) else copies}
+
+
+def without(state_dict: dict[str, Any], keys: Set[Any]) -> dict[str, Any]:
+    """Return ``state_dict`` without the states of ``keys``, which are those of parameters that have not stepped."""
+    if not keys:
+        return state_dict
+    kept = {key: value for key, value in state_dict["state"].items() if key not in keys}
+    return {**state_dict, "state": defaultdict(dict, kept) if isinstance(state_dict["state"], defaultdict) else kept}
 
 
 def _without_shared_scalars(value: Any) -> Any:

@@ -163,13 +163,18 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
         """
         if format not in (None, "torch"):
             raise ValueError(f"Invalid format: {format!r}; it must be None or 'torch'")
-        state_dict = checkpoints.without_shared_scalars(super().state_dict())
+        not_begun = planning.not_begun(self)
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        left_out = {index for index, parameter in enumerate(parameters) if id(parameter) in not_begun}
+        state_dict = checkpoints.without(checkpoints.without_shared_scalars(super().state_dict()), left_out)
         if format == "torch":
             return checkpoints.as_torchs(self, state_dict)
         return checkpoints.with_codes(self, checkpoints.without_defaults(state_dict, self.own_options()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return checkpoints.without_shared_scalars(super().__getstate__())
+        not_begun = planning.not_begun(self)
+        left_out = {parameter for parameter in self.state if id(parameter) in not_begun}
+        return checkpoints.without(checkpoints.without_shared_scalars(super().__getstate__()), left_out)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this class or torch's has written, by copy.

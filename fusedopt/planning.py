@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +22,36 @@ if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
 
 
+def not_begun(optimizer: FusedOptimizer) -> set[int]:
+    """Return the ids of parameters whose states were made for a first step that the device has left out; waits for it.
+
+    Of rules that keep no count in the state: there a state is taken for that of a parameter that has stepped.
+    """
+    plan = None if optimizer._prepared is None else optimizer._prepared.plan
+    buckets = [part.bucket for part in plan.parts] if plan is not None else []
+    return {
+        id(member.parameter)
+        for bucket in buckets
+        if bucket.on_device and bucket.kind.update.rule.states and not bucket.members[0].counted
+        for member, steps in zip(bucket.members, bucket.scalars[0].tolist(), strict=True)
+        if steps == 0
+    }
+
+
 def member_of(
-    optimizer: FusedOptimizer, parameter: Tensor, index: int, gradient: Tensor | None, group: int, update: Update
+    optimizer: FusedOptimizer,
+    parameter: Tensor,
+    index: int,
+    gradient: Tensor | None,
+    group: int,
+    update: Update,
+    not_begun: Container[int] = (),
 ) -> Member:
-    """Return ``parameter`` with its state, missing parts made anew but not yet put into ``optimizer.state``."""
+    """Return ``parameter`` with its state, missing parts made anew but not yet put into ``optimizer.state``.
+
+    Args:
+        not_begun: ids of parameters that have a state and have not stepped (default: none).
+    """
     state: dict[str, Any] = optimizer.state.get(parameter) or {}
     options = optimizer.param_groups[group]
     forms = low_bit.formats(update, options, parameter, index)
@@ -33,7 +59,8 @@ def member_of(
     missing = [name for name in update.states if not isinstance(state.get(name), Tensor)]
     # A rule that keeps no count has but one question: whether this is its first step.
     kept = update.rule.states or update.states
-    began = bool(kept) and not set(kept) & set(missing) and not optimizer._begins(parameter)
+    whole = bool(kept) and not set(kept) & set(missing)
+    began = whole and id(parameter) not in not_begun and not optimizer._begins(parameter)
     counted = optimizer._counts_steps or chance
     taken = state.get("step", 0.0 if optimizer._counts_steps else began) if counted else began
     # A state made in inference mode could not be written outside of it.
@@ -94,7 +121,7 @@ def prepare(
         RuntimeError: if one of them cannot be updated; nothing has been written then.
     """
     prepared = Prepared(parameters, key)
-    known = _known(optimizer, parameters, updates)
+    known, waiting = _known(optimizer, parameters, updates), not_begun(optimizer)
     members, index = [], 0
     for number, (group, update) in enumerate(zip(optimizer.param_groups, updates, strict=True)):
         for parameter in group["params"]:
@@ -105,7 +132,7 @@ def prepare(
                 try:
                     paths.check(index, parameter, gradient, group, path)
                     if path != "torch":
-                        member = member_of(optimizer, parameter, index, gradient, number, update)
+                        member = member_of(optimizer, parameter, index, gradient, number, update, waiting)
                         check_member(member, update, path)
                 except RuntimeError:
                     if gradient is not None:

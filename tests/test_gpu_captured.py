@@ -124,7 +124,7 @@ def test_training_with_torchs_grad_scaler(name, unscale_first, machine):
 
 
 @each_machine
-@pytest.mark.parametrize("name", ["adamw", "sgd-nesterov-l2", "nadam-decoupled", "rprop-bounds-maximize"])
+@pytest.mark.parametrize("name", ["adamw", "sgd-nesterov-l2", "sgd-dampening", "nadam-decoupled", "rprop-bounds-maximize"])
 def test_a_first_step_that_is_left_out_changes_nothing_that_follows(name, machine):
     """The host does not wait to learn that it is, so there are states; they begin as new ones do, in a checkpoint, too."""
     case, start, slopes = named(name), draw(SIZES, torch.float32), [draw(SIZES, torch.float32) for _ in range(3)]
@@ -149,6 +149,34 @@ def test_a_first_step_that_is_left_out_changes_nothing_that_follows(name, machin
     right, *rest = found.values()
     for each in rest:
         assert_equal_bits(each, right)
+
+
+@each_machine
+@pytest.mark.parametrize("between", ["nothing", "a new plan", "a copy"])
+@pytest.mark.parametrize("name", ["adamw", "sgd-dampening"])
+def test_what_follows_a_first_step_that_is_left_out_is_a_first_step(name, between, machine):
+    """Also where parameters are planned for anew: the states that are there by then tell nothing."""
+    case, start, slopes = named(name), draw([5, 1030], torch.float32), [draw([5, 1030], torch.float32) for _ in range(3)]
+    found = []
+    for device, running in (("cpu", backends.use("numba")), (machine.device, machine.running())):
+        optimizer, params = made_of(case, start, device)
+        with running:
+            if between == "a new plan":
+                params[1].grad = None
+            with scaling(optimizer, 1.0, 4.0, device):
+                optimizer.step()
+            if between == "a new plan":
+                params[1].grad = torch.zeros_like(params[1])
+            if between == "a copy":
+                optimizer = copy.deepcopy(optimizer)
+                params = optimizer.param_groups[0]["params"]
+                for p in params:
+                    p.grad = torch.zeros_like(p)
+            for values in slopes:
+                set_gradients(params, values)
+                optimizer.step()
+        found.append([found_of(optimizer, p) for p in params])
+    assert_equal_bits(found[1], found[0])
 
 
 # --- launches of a step -------------------------------------------------------------------------------------------------------
