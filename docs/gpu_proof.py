@@ -10,8 +10,8 @@ import torch
 import triton
 
 import fusedopt
-from fusedopt.kernels import rules
-from fusedopt.kernels.formats import FORMATS
+from fusedopt.kernels import codes, gpu_kernels, rules
+from fusedopt.kernels.formats import BFLOAT16_BY_CHANCE, CODES, FORMATS, MASTERS
 from fusedopt.kernels.ptx import offline, steps, table
 from fusedopt.kernels.ptx.driver import TARGETS
 from fusedopt.kernels.ptx.execute import Settings
@@ -19,8 +19,10 @@ from fusedopt.kernels.rule import Rule, Update
 from fusedopt.kernels.rules import decoupled_decay
 from fusedopt.kernels.tables import Kind
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import test_gpu_mutations
+from bench.prediction import GPUS, Gpu
 
 RULES = {name: rule for name, rule in vars(rules).items() if isinstance(rule, Rule)}
 #: Types of the parameter and its gradient, and of the states.
@@ -33,6 +35,20 @@ STORED = {
 }
 #: What is shown for itself.
 SHOWN = {"gradient_descent": "SGD", "momentum": "SGD with momentum", "adam": "AdamW", "amsgrad": "AdamW with AMSGrad"}
+
+_FLOAT32, _BFLOAT16 = FORMATS[torch.float32], FORMATS[torch.bfloat16]
+#: Formats of the parameter, its gradient and the moments of AdamW whose numbers are rounded by chance or kept in codes.
+SHORT = {
+    "8 bits": (_FLOAT32, _FLOAT32, CODES["relative"], CODES["root"]),
+    "bfloat16 by chance, float32 parameters": (_FLOAT32, _FLOAT32, BFLOAT16_BY_CHANCE, BFLOAT16_BY_CHANCE),
+    "bfloat16 by chance": (BFLOAT16_BY_CHANCE, _BFLOAT16, BFLOAT16_BY_CHANCE, BFLOAT16_BY_CHANCE),
+    "8 bits, bfloat16 parameters": (_BFLOAT16, _BFLOAT16, CODES["relative"], CODES["root"]),
+    **{f"8 bits, {name} masters": (form, _BFLOAT16, CODES["relative"], CODES["root"]) for name, form in MASTERS.items()},
+}
+#: What a load from a busy memory is taken to need, in seconds; of an idle one half of it and less has been measured.
+LATENCY = 0.8e-6
+#: Lanes of a multiprocessor, and the threads that it holds.
+MULTIPROCESSORS = {"sm_80": (64, 2048), "sm_90": (128, 2048), "gfx942": (64, 2048)}
 
 PAGE = Path(__file__).with_name("gpu_proof.md")
 
@@ -77,6 +93,31 @@ is the part of a multiprocessor's threads that registers leave room for.
 ## The worst of all rules
 
 {worst}
+
+## Short formats
+
+Numbers that are rounded by chance, and blocks of codes: AdamW's kernels, of one warp, which takes whole blocks one after the other
+and then the end of the tensor under a mask. There is no shared memory and no division or root that is not correctly rounded.
+Registers a thread, and the bytes that are spilled, if any:
+
+{short}
+
+NVIDIA's GPUs exceed the limit of 64 here, and so do `split8` masters on gfx90a and gfx942 and `fp32` masters on gfx1100. What a
+block has in common is known when all its numbers are, so each of 32 threads keeps two moments and the random bits of 8 elements
+meanwhile. Tried on sm_90: with `maxnreg=64` ptxas spills 40 to 416 bytes a thread, with 96 up to 184. With the two halves of a
+thread's elements computed one after the other and `maxnreg=64`, the full blocks need no spill but for `split8` masters (72 bytes),
+and the end of a tensor, by single elements under a mask, spills 16 to 216. Fewer elements a thread would be a block for two warps,
+which have only shared memory and a barrier in common.
+
+## Bytes under way
+
+What the limit is for: as many bytes have to be on their way from the memory as it delivers in the time that one load takes, which
+is bandwidth times latency (Little's law), here {latency:.1f} µs of the published bandwidth for each multiprocessor. Below are the
+bytes that resident threads can have asked for at once, by the registers of each kernel; of all rules the least. It is enough
+everywhere but for `split8` masters on an H200, which would get four fifths of its bandwidth at best, and barely enough there for 8
+bits with bfloat16 parameters.
+
+{under_way}
 """
 
 
@@ -95,6 +136,32 @@ def costs() -> Iterator[tuple[str, str, table.Cost, list[str]]]:
                 own = kind(rule, stored)
                 found = table.cost(offline.compile_update(own, target), target)
                 yield name, stored, found, table.violations(own, found)
+
+
+def short_costs() -> dict[tuple[str, str], table.Cost]:
+    """Return the cost of AdamW's kernel in each short format, for each target."""
+    update = Update(rules.adam, decoupled_decay)
+    return {
+        (name, target): table.cost(offline.compile_update(Kind(update, formats), target), target)
+        for name, formats in SHORT.items()
+        for target in TARGETS
+    }
+
+
+def _loaded(own: Kind) -> int:
+    """Return the bytes that the update of one element loads."""
+    return sum(form.itemsize + (0 if form.master is None else form.master.itemsize) for form in own.formats)
+
+
+def _under_way(cost: table.Cost, own: Kind) -> float:
+    """Return the bytes that the threads of a multiprocessor can have asked for at once."""
+    elements = (codes.BLOCK if own.coded else gpu_kernels.BLOCK) / cost.threads
+    return cost.occupancy * MULTIPROCESSORS[cost.target][1] * elements * _loaded(own)
+
+
+def _needed(gpu: Gpu) -> float:
+    """Return the bytes that have to be under way for a multiprocessor of ``gpu``."""
+    return gpu.bandwidth * LATENCY / (gpu.lanes / MULTIPROCESSORS[gpu.target][0])
 
 
 def bytes_of_adamw(size: int = 1_000_000) -> float:
@@ -119,6 +186,20 @@ def page() -> str:
         f"- `{name}` in {stored} on {cost.target}: {'; '.join(messages)}" for name, stored, cost, messages in found if messages
     ]
     moved = bytes_of_adamw()
+    short = short_costs()
+    kinds = {name: Kind(Update(rules.adam, decoupled_decay), formats) for name, formats in SHORT.items()}
+    least = {
+        **{
+            (stored, gpu.name): min(
+                _under_way(cost, kind(RULES[name], stored))
+                for name, s, cost, _ in found
+                if (s, cost.target) == (stored, gpu.target)
+            )
+            for stored in STORED
+            for gpu in GPUS
+        },
+        **{(name, gpu.name): _under_way(short[name, gpu.target], own) for name, own in kinds.items() for gpu in GPUS},
+    }
     titles = ["registers", "occupancy", "128-bit loads, stores", "instructions an element"]
     return TEXT.format(
         targets=", ".join(TARGETS),
@@ -148,6 +229,18 @@ def page() -> str:
                 if name in SHOWN and stored in ("float32", "bfloat16")
             ],
         ),
+        latency=LATENCY * 1e6,
+        short=_rows(
+            ["AdamW's states", *TARGETS],
+            [[name, *(_short_cell(short[name, target]) for target in TARGETS)] for name in SHORT],
+        ),
+        under_way=_rows(
+            ["KiB of a multiprocessor", *(gpu.name for gpu in GPUS)],
+            [
+                ["**needed**", *(f"**{_needed(gpu) / 1024:.0f}**" for gpu in GPUS)],
+                *([name, *(f"{least[name, gpu.name] / 1024:.0f}" for gpu in GPUS)] for name in (*STORED, *SHORT)),
+            ],
+        ),
         worst=_rows(
             ["format", "target", "registers", "lowest occupancy", "spilled", "shared", "float64", "approximate"],
             [
@@ -157,6 +250,10 @@ def page() -> str:
             ],
         ),
     )
+
+
+def _short_cell(cost: table.Cost) -> str:
+    return str(cost.registers) + (f" ({cost.spilled} spilled)" if cost.spilled else "")
 
 
 def _worst(stored: str, target: str, each: list[table.Cost]) -> list[str]:
