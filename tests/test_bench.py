@@ -428,7 +428,7 @@ def test_on_a_gpu_its_implementations_take_part(monkeypatch):
     found = run.tasks(run.QUICK, run.Choice(parts=("steps",)))
     assert sum(name.endswith(", GPU") for name, _, _ in found) == sum(not name.endswith(", GPU") for name, _, _ in found) > 0
     names = [name for name, kind, _ in run.tasks(run.QUICK, run.Choice(parts=("formats",))) if kind == "formats"]
-    assert names == ["short formats, 1 x 20,000,000, cpu", "short formats, 1 x 20,000,000, cuda"]
+    assert names == ["short formats, 1 x 10,000,000, cpu", "short formats, 1 x 10,000,000, cuda"]
     on_gpu = {"torch foreach", "torch fused", "fusedopt", "bitsandbytes", "optimi", "apex FusedAdam", "apex FusedSGD"}
     assert {f"{name}, CUDA" for name in (*on_gpu, "DeepSpeed FusedAdam")} <= set(SUBJECTS)
     assert not {"apex FusedAdam", "torch loop, CUDA", "DeepSpeed CPUAdam, CUDA"} & set(SUBJECTS)
