@@ -27,7 +27,7 @@ def not_begun(optimizer: FusedOptimizer) -> set[int]:
 
     Of rules that keep no count in the state: there a state is taken for that of a parameter that has stepped.
     """
-    plan = None if optimizer._prepared is None else optimizer._prepared.plan
+    plan = None if optimizer._counts_steps or optimizer._prepared is None else optimizer._prepared.plan
     buckets = [part.bucket for part in plan.parts] if plan is not None else []
     return {
         id(member.parameter)
