@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from .first_step import CHECKOUT
 from .plots import overview, save_png
+from .report import cells
 from .report.cells import machine_line
 from .report.contests import ratio_table
 from .report.page import markdown_table
@@ -58,6 +59,7 @@ def update(checkout: Path, record: SimpleNamespace, report: str) -> None:
         for step in record.first_steps
     )
     paragraphs = [EXPLANATION, markdown_table(ratio_table(results)), f"First step, Numba's import included: {first_steps}."]
+    paragraphs += [line for line in (packages(record),) if line]
     paragraphs.append(f"{machine_line(record.machine)}; {record.machine.date}. Reproduce with `{record.command}`.")
     readme = checkout / "README.md"
     text = replace_between(readme.read_text(encoding="utf-8"), TABLE, "\n\n".join(paragraphs))
@@ -69,6 +71,20 @@ def update(checkout: Path, record: SimpleNamespace, report: str) -> None:
         raise ValueError(f"{report}: expected results of {' and '.join(MAIN_OPTIMIZERS)} on the CPU, found none")
     save_png(figure, checkout / "docs" / "benchmark.png")
     readme.write_text(text, encoding="utf-8")
+
+
+def packages(record: SimpleNamespace) -> str:
+    """Between what times of ours the steps of other packages take; empty where none is installed."""
+    results = [result for result in cells.on_cpu(record, MAIN_OPTIMIZERS[:1]) if cells.timing_of(result, "fusedopt")]
+    said = []
+    for package in cells.others(results):
+        timings = [(cells.timing_of(result, package), result.title) for result in results]
+        times = [(t.ratio_to_ours.median, title) for t, title in timings if t and getattr(t, "ratio_to_ours", None)]
+        if times:
+            (least, quick), (most, slow) = min(times), max(times)
+            said.append(f"{package} {cells.number(least)} ({quick}) to {cells.number(most)} ({slow})")
+    text = f"A step of {MAIN_OPTIMIZERS[0]} by other packages for CPUs, as they come, takes so many times as long as ours: "
+    return f"{text}{'; '.join(said)}." if said else ""
 
 
 def replace_between(text: str, name: str, new: str) -> str:

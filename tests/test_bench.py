@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -867,6 +868,20 @@ def test_readme_and_its_picture_come_from_a_record(whole_run, tmp_path, monkeypa
     assert f"(bench/results/{path.stem}.md)" in written
     assert "AdamW 2.5 s after installation, 0.1 s in a later process" in written
     assert (tmp_path / "docs" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_says_what_steps_of_other_packages_take():
+    def timing(subject, ratio=None):
+        return SimpleNamespace(subject=subject, ratio_to_ours=None if ratio is None else SimpleNamespace(median=ratio))
+
+    def contest(optimizer, title, **ratios):
+        timings = [timing("fusedopt"), timing("torch fused"), *(timing(name, ratio) for name, ratio in ratios.items())]
+        return SimpleNamespace(device="cpu", optimizer=optimizer, title=title, timings=timings)
+
+    large, small = contest("AdamW", "1 x 5", apex=1.25, optimi=6.0), contest("AdamW", "9 x 9", apex=142.0, optimi=None)
+    said = readme.packages(SimpleNamespace(results=[large, small, contest("SGD momentum", "1 x 5", apex=0.5)]))
+    assert said.endswith(": apex 1.25 (1 x 5) to 142 (9 x 9); optimi 6 (1 x 5) to 6 (1 x 5).")
+    assert readme.packages(SimpleNamespace(results=[contest("AdamW", "1 x 5")])) == ""
 
 
 def test_readme_takes_the_newest_whole_run(tmp_path):
