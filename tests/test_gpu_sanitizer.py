@@ -1,4 +1,7 @@
-"""The kernels under NVIDIA's compute-sanitizer, which watches each access of the machine code itself; on a GPU alone."""
+"""The kernels under NVIDIA's compute-sanitizer, which watches each access of the machine code itself; on a GPU alone.
+
+The executing driver checks bounds, alignment and races by itself, in each of the tests that are watched here.
+"""
 
 from __future__ import annotations
 

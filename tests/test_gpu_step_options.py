@@ -1,4 +1,7 @@
-"""Clipping, averages and zeroing by the PTX of the kernels, executed on the CPU: the bits of Numba, every access sound."""
+"""Clipping, averages and zeroing by the PTX of the kernels, executed on the CPU: the bits of Numba, every access sound.
+
+Where there is a GPU the same tests run on it: `pytest -m gpu`.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from fusedopt.kernels import backends, gpu_kernels, norms
 from fusedopt.kernels.ptx import execute, steps
 from fusedopt.kernels.tables import CHUNK
 from layouts import LAYOUTS
+from machines import EXECUTED, Executed, Machine, each_machine
 from single_step import outputs
 from test_against_torch import FLOATS, short
 from test_backends import assert_equal_bits, draw, unaligned
-from test_gpu_executed import rows
+from test_gpu_executed import found_of, rows
 
 pytestmark = [
     pytest.mark.triton,
@@ -37,36 +41,39 @@ OPTIONS = {
 QUICK = ("sgd-nesterov-decoupled", "adamw-tensor-lr", "nadam-decoupled")
 
 
-def take_steps(case, start, gradients, executed=None, lay_out=lambda values: values.clone(), **options):
-    """Parameters, states, gradients and the norm after a step with each of `gradients`, by Numba or the executed PTX."""
-    params = [torch.nn.Parameter(lay_out(values)) for values in start]
+def take_steps(case, start, gradients, machine=None, lay_out=lambda values: values.clone(), **options):
+    """Parameters, states, gradients and the norm after a step with each of `gradients`; by Numba, unless there is a machine."""
+    device = "cpu" if machine is None else machine.device
+    params = [torch.nn.Parameter(lay_out(values.to(device))) for values in start]
     optimizer = case.make_ours(params, **options)
-    with backends.use("numba") if executed is None else steps.executing("sm_90", executed) as session:
+    with backends.use("numba") if machine is None else machine.running() as session:
         for values in gradients:
             for p, gradient in zip(params, values, strict=True):
-                p.grad = lay_out(gradient)
+                p.grad = lay_out(gradient.to(device))
             optimizer.step()
-    found = [{**outputs(optimizer, p), "gradient": p.grad} for p in params]
+    found = [{**found_of(optimizer, p), "gradient": p.grad.cpu()} for p in params]
     norm = None if optimizer.grad_norm is None else optimizer.grad_norm.tolist()
     return found, (norm, int(optimizer.skipped_steps)), session
 
 
-def check(case, start, gradients, settings=None, **options):
-    """See that the executed PTX makes of these what Numba makes of them."""
+def check(case, start, gradients, machine: Machine = EXECUTED, **options):
+    """See that the machine makes of these what Numba makes of them."""
     right, numbers, _ = take_steps(case, start, gradients, **options)
-    found, executed_numbers, session = take_steps(case, start, gradients, settings or execute.Settings(), **options)
+    found, machine_numbers, session = take_steps(case, start, gradients, machine, **options)
     assert_equal_bits(found, right)
-    torch.testing.assert_close(executed_numbers, numbers, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(machine_numbers, numbers, rtol=0, atol=0, equal_nan=True)
     return session
 
 
+@each_machine
 @pytest.mark.parametrize("dtype", rows(FLOATS, lambda dtype: dtype == torch.float32), ids=short)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("case", rows(ONE_OF_EACH, lambda case: case.name in QUICK), ids=str)
-def test_equal_bits(case, options, dtype):
-    check(case, draw(SIZES, dtype), [draw(SIZES, dtype) for _ in range(3)], **options)
+def test_equal_bits(case, options, dtype, machine):
+    check(case, draw(SIZES, dtype), [draw(SIZES, dtype) for _ in range(3)], machine, **options)
 
 
+@each_machine
 @pytest.mark.parametrize(
     ("dtype", "formats"),
     [
@@ -77,38 +84,41 @@ def test_equal_bits(case, options, dtype):
     ],
     ids=["8bit", "bf16", "8bit-split16", "stochastic"],
 )
-def test_equal_bits_in_fewer_bytes(dtype, formats):
+def test_equal_bits_in_fewer_bytes(dtype, formats, machine):
     """The one pipeline: what is read and written beside the rule does not know how states are kept."""
     start, gradients = draw(SIZES[:4], dtype), [draw(SIZES[:4], dtype) for _ in range(2)]
-    check(named("adamw"), start, gradients, **OPTIONS["all"], **formats)
+    check(named("adamw"), start, gradients, machine, **OPTIONS["all"], **formats)
 
 
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
 def test_order_of_programs_and_threads_changes_nothing(order):
-    settings = execute.Settings(order=order)
-    check(named("adamw"), draw(SIZES, torch.float32), [draw(SIZES, torch.float32)] * 2, settings, **OPTIONS["all"])
+    machine = Executed(execute.Settings(order=order))
+    check(named("adamw"), draw(SIZES, torch.float32), [draw(SIZES, torch.float32)] * 2, machine, **OPTIONS["all"])
 
 
+@each_machine
 @pytest.mark.parametrize("dtype", rows([torch.float32, torch.bfloat16], lambda dtype: dtype == torch.float32), ids=short)
-def test_unaligned_memory(dtype):
+def test_unaligned_memory(dtype, machine):
     start, gradients = draw(SIZES, dtype), [draw(SIZES, dtype) for _ in range(2)]
-    check(named("adamw"), start, gradients, lay_out=lambda values: unaligned(values, 1), **OPTIONS["all"])
+    check(named("adamw"), start, gradients, machine, lay_out=lambda values: unaligned(values, 1), **OPTIONS["all"])
 
 
+@each_machine
 @pytest.mark.parametrize("layout", ["transposed", "every_second_column"])
-def test_layouts(layout):
+def test_layouts(layout, machine):
     shapes = [(3, 4, 1, 5), (2, 3, 5, 4)]
     start, gradients = draw(shapes, torch.float32), [draw(shapes, torch.float32) for _ in range(2)]
-    check(named("adamw"), start, gradients, lay_out=LAYOUTS[layout], **OPTIONS["all"])
+    check(named("adamw"), start, gradients, machine, lay_out=LAYOUTS[layout], **OPTIONS["all"])
 
 
+@each_machine
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("options", ["clip", "skip", "all"])
-def test_a_norm_that_is_not_finite(options, value):
+def test_a_norm_that_is_not_finite(options, value, machine):
     """The device itself leaves the step out, and still makes gradients zero."""
     start, gradients = draw(SIZES, torch.float32), [draw(SIZES, torch.float32) for _ in range(3)]
     gradients[1][3][CHUNK] = value
-    check(named("adamw"), start, gradients, **OPTIONS[options])
+    check(named("adamw"), start, gradients, machine, **OPTIONS[options])
 
 
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])

@@ -1,4 +1,8 @@
-"""Traps that only a GPU has: graphs, streams, waits of the host, several devices, addresses that the allocator gives again."""
+"""Traps that only a GPU has: graphs, streams, waits of the host, several devices, addresses that the allocator gives again.
+
+The executing driver cannot show these: it has one device, whose memory is the host's and which is done when a launch returns. What
+it can show of them, bits, captured steps, scalers and offsets beyond 32 bits, is in test_gpu_executed.py and test_gpu_captured.py.
+"""
 
 from __future__ import annotations
 
