@@ -20,9 +20,9 @@ from snapshot import same_bits
 BFLOAT16 = torch.bfloat16
 
 
-def make(name="AdamW", dtype=torch.float32, shapes=((70, 67), (10,)), **options):
+def make(name="AdamW", dtype=torch.float32, shapes=((70, 67), (10,)), device="cpu", **options):
     generator = torch.Generator().manual_seed(1)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
     return getattr(fusedopt, name)(params, **{"lr": 1e-2, **options})
 
 
@@ -35,7 +35,7 @@ def draw(optimizer, step):
     for param in parameters(optimizer):
         gradient = torch.randn(param.shape, generator=generator) * torch.exp(2 * torch.randn(param.shape, generator=generator))
         gradient.view(-1)[200:900] = 0  # whole blocks and parts of some
-        param.grad = (1e-3 * gradient).to(param.dtype)
+        param.grad = (1e-3 * gradient).to(param.device, param.dtype)
 
 
 def train(optimizer, steps=4, first=0):
@@ -48,9 +48,9 @@ def train(optimizer, steps=4, first=0):
 def equal(a, b):
     pairs = zip(parameters(a), parameters(b), strict=True)
     return all(
-        same_bits(p, q)
+        same_bits(p.cpu(), q.cpu())
         and a.state[p].keys() == b.state[q].keys()
-        and all(same_bits(value, b.state[q][name]) for name, value in a.state[p].items())
+        and all(same_bits(value.cpu(), b.state[q][name].cpu()) for name, value in a.state[p].items())
         for p, q in pairs
     )
 

@@ -12,6 +12,7 @@ from fusedopt.kernels.ptx import execute, offline, steps, table
 from fusedopt.kernels.rule import Update
 from fusedopt.kernels.rules import adam, decoupled_decay
 from fusedopt.kernels.tables import Kind
+from machines import each_machine
 from test_formats import VARIANTS, by, equal, make, train
 
 pytestmark = [pytest.mark.triton, pytest.mark.compiled]
@@ -20,6 +21,7 @@ QUICK = ("8bit", "split8", "by chance", "Adamax", "average")
 
 
 @pytest.mark.skipif(execute.obstacle() is not None, reason=str(execute.obstacle()))
+@each_machine
 @pytest.mark.parametrize(
     ("name", "dtype", "options"),
     [
@@ -28,13 +30,13 @@ QUICK = ("8bit", "split8", "by chance", "Adamax", "average")
         if each not in ("float16", "clipped")
     ],
 )
-def test_executed_ptx_has_the_bits_of_numba(name, dtype, options):
+def test_bits_of_numba(name, dtype, options, machine):
     """Ends of blocks and of tensors included, with every access in bounds."""
     shapes = [(70, 67), (10,), (1300, 4)]
-    with steps.executing("sm_90") as session:
-        ours = train(make(name, dtype, shapes, **options), 3)
+    with machine.running() as session:
+        ours = train(make(name, dtype, shapes, machine.device, **options), 3)
     assert session.launches
-    with steps.executing("sm_90"):
+    with machine.running():
         train(ours, 1, first=3)
     truth = by("numba", name, dtype, options, shapes)
     assert equal(ours, truth)
