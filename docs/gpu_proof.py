@@ -66,7 +66,8 @@ parameters, the tables of addresses, the coefficients, and the kernel that compu
 those of the Numba kernels bit for bit; each access is checked for bounds, alignment and races; programs and threads in reversed
 and in shuffled order give the same bits. `tests/test_gpu_captured.py` notes the launches and writes of a step once and
 executes them many times, as a CUDA graph would: each time the step reads the learning rate, the loss scale and what the scaler
-found, and counts. Both files hold the tests of a GPU as well, which run where there is one.
+found, and counts. Both files hold the tests of a GPU as well, which run where there is one. Steps with another learning rate,
+weight decay and number of tensors each time, 59 of them, compile one kernel.
 
 An AdamW step in float32 moves {bytes:.3f} bytes a parameter: {ideal:.0f} for the
 parameter, its gradient and its two moments, and {overhead:.2f} % more for tables.
