@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,10 @@ from fusedopt.kernels.tables import Kind
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import test_gpu_mutations
+from bench import readme
 from bench.prediction import GPUS, Gpu
+from bench.report.costs import host_table
+from bench.run import read
 
 RULES = {name: rule for name, rule in vars(rules).items() if isinstance(rule, Rule)}
 #: Types of the parameter and its gradient, and of the states.
@@ -50,6 +55,17 @@ LATENCY = 0.8e-6
 #: Lanes of a multiprocessor, and the threads that it holds.
 MULTIPROCESSORS = {"sm_80": (64, 2048), "sm_90": (128, 2048), "gfx942": (64, 2048)}
 
+#: Files of tests that execute PTX; those of `test_gpu_compiled` read machine code.
+EXECUTING = (
+    "test_gpu_executed",
+    "test_gpu_captured",
+    "test_gpu_step_options",
+    "test_formats_gpu",
+    "test_gpu_mutations",
+    "test_ptx",
+    "test_check",
+)
+
 PAGE = Path(__file__).with_name("gpu_proof.md")
 
 TEXT = """\
@@ -69,12 +85,18 @@ executes them many times, as a CUDA graph would: each time the step reads the le
 found, and counts. Both files hold the tests of a GPU as well, which run where there is one. Steps with another learning rate,
 weight decay and number of tensors each time, 59 of them, compile one kernel.
 
+{executed:,} tests execute PTX: {by_file}.
+
 An AdamW step in float32 moves {bytes:.3f} bytes a parameter: {ideal:.0f} for the
 parameter, its gradient and its two moments, and {overhead:.2f} % more for tables.
 
 `tests/test_gpu_mutations.py` plants {faults} faults, one at a time, in the kernels' text and in what the host hands them: masks and
 blocks that are off by one, alignment that is promised and not there, offsets of 32 bits, stale addresses, plain divisions, rows
 and signs that are mistaken. Each is caught by executing, or by the limits below.
+
+The host's part of an AdamW step, with a driver of Triton's that launches nothing, in microseconds (from `bench/results`):
+
+{host}
 
 ## Limits
 
@@ -180,8 +202,29 @@ def _rows(titles: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *rows])
 
 
+def executed() -> dict[str, int]:
+    """Return how many tests of each file execute PTX on the CPU."""
+    chosen = ["-m", "compiled and not gpu", "--gpu-proof", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    files = [str(path) for name in EXECUTING for path in [Path(test_gpu_mutations.__file__).with_name(f"{name}.py")]]
+    # The interpreter of Triton, where it is asked for, would leave nothing to compile.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", *chosen, *files]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    names = [Path(line.split("::")[0]).stem for line in listed.splitlines() if "::" in line]
+    return {name: names.count(name) for name in EXECUTING}
+
+
+def host() -> str:
+    """Return the table of the newest whole run."""
+    path = readme.newest(Path(__file__).resolve().parent.parent / "bench" / "results")
+    assert path is not None, "bench/results holds no record of a whole run: make one by python -m bench"
+    table_of = host_table(read(path).gpu_host_costs)
+    return _rows(list(table_of.heading), [list(row) for row in table_of.rows])
+
+
 def page() -> str:
     """Return the text of the page."""
+    tests = executed()
     found = list(costs())
     exceeded = [
         f"- `{name}` in {stored} on {cost.target}: {'; '.join(messages)}" for name, stored, cost, messages in found if messages
@@ -205,6 +248,9 @@ def page() -> str:
     return TEXT.format(
         targets=", ".join(TARGETS),
         triton=triton.__version__,
+        executed=sum(tests.values()),
+        by_file=", ".join(f"{count:,} in `tests/{name}.py`" for name, count in tests.items()),
+        host=host(),
         bytes=moved,
         ideal=28,
         faults=sum(map(len, (test_gpu_mutations.KERNEL, test_gpu_mutations.HOST, test_gpu_mutations.CODES))),

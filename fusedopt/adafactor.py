@@ -127,7 +127,7 @@ class Adafactor(FusedOptimizer, torch.optim.Adafactor):
         launches = plan.launches(by_bucket, options)
         if prepared.torch_indices:  # before the kernels, for it checks while it goes
             self._torch_step([parameters[i] for i in sorted(prepared.torch_indices)], None)
-            prepared.watch(self.param_groups, self.state)
+            prepared.watch(self.state)
         plan.run(launches)
         group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
         for wave in prepared.waves:
@@ -187,7 +187,7 @@ class Adafactor(FusedOptimizer, torch.optim.Adafactor):
         self._attach_states(plan, first)
         prepared.plan = plan
         prepared.waves = [[member.index for member in wave] for wave in later]
-        prepared.watch(self.param_groups, self.state)
+        prepared.watch(self.state)
         self._prepared = prepared
         return prepared
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from fusedopt.kernels.plan import Plan
 from fusedopt.kernels.tables import LossScale
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.prepared import same_objects
@@ -188,6 +189,11 @@ class StepInBackward:
     def units(self) -> list[list[Tensor]]:
         """The parameters that step together; known after the first pass, in whose order they are gathered."""
         return [list(unit.parameters) for unit in dict.fromkeys(self._unit_of.values())]
+
+    @property
+    def plans(self) -> list[Plan | None]:
+        """What the units have planned."""
+        return [unit.plan for unit in dict.fromkeys(self._unit_of.values())]
 
     # --- inside backward --------------------------------------------------------------------------------------------------
 

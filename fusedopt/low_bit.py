@@ -270,7 +270,7 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
     found = word_tables.packed(held_codes(rule, state), state)
     if keeps_master(rule, state) and state["master"].dtype == torch.int16:
         master = state["master"]
-        part = layout.local(master).unsqueeze(-1).view(torch.uint8)
+        part = layout.local(master).clone().unsqueeze(-1).view(torch.uint8)
         found["master"] = layout.as_part(part, master, (*master.shape, 2))
     return found
 

@@ -108,7 +108,11 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
                 return hooked(self, *args, **kwargs)
             # For observers that are not torch's profiler.
             with _RecordFunctionFast(f"Optimizer.step#{type(self).__name__}.step"):
-                return func(self, *args, **kwargs)
+                result = func(self, *args, **kwargs)
+                # A closure may have added some.
+                for hook in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
+                    hook(self, args, kwargs)
+                return result
 
         return wrapper
 
@@ -282,7 +286,7 @@ class FusedOptimizer(TakingOptions, Accumulating, Averaging):
             launches = [None] * len(launches)
         if prepared.torch_indices:  # before the kernels, for it checks while it goes
             self._torch_step([parameters[i] for i in sorted(prepared.torch_indices)], loss_scale)
-            prepared.watch(self.param_groups, self.state)
+            prepared.watch(self.state)
         prepared.plan.run(launches)
         for wave in prepared.waves:
             self._run_wave(wave, prepared, gradients, updates, hyperparameters, loss_scale)

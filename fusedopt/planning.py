@@ -23,17 +23,20 @@ if TYPE_CHECKING:
 
 
 def not_begun(optimizer: FusedOptimizer) -> set[int]:
-    """Return the ids of parameters whose states were made for a first step that the device has left out; waits for it.
+    """Return the ids of parameters whose states were made for a first step that was left out; waits for devices.
 
     Of rules that keep no count in the state: there a state is taken for that of a parameter that has stepped.
     """
-    plan = None if optimizer._counts_steps or optimizer._prepared is None else optimizer._prepared.plan
-    buckets = [part.bucket for part in plan.parts] if plan is not None else []
+    if optimizer._counts_steps:
+        return set()
+    plans = [] if optimizer._prepared is None else [optimizer._prepared.plan]
+    plans += [] if optimizer._in_backward is None else optimizer._in_backward.plans
     return {
         id(member.parameter)
-        for bucket in buckets
-        if bucket.on_device and bucket.kind.update.rule.states and not bucket.members[0].counted
-        for member, steps in zip(bucket.members, bucket.scalars[0].tolist(), strict=True)
+        for plan in plans
+        for part in (plan.parts if plan is not None else ())
+        if part.bucket.kind.update.rule.states and not part.bucket.members[0].counted
+        for member, steps in zip(part.bucket.members, part.bucket.scalars[0].tolist(), strict=True)
         if steps == 0
     }
 
@@ -162,7 +165,7 @@ def prepare(
     attach(optimizer, plan, first)
     prepared.plan = plan
     prepared.waves = [[member.index for member in wave] for wave in later]
-    prepared.watch(optimizer.param_groups, optimizer.state)
+    prepared.watch(optimizer.state)
     optimizer._prepared = prepared
     return prepared
 

@@ -64,8 +64,8 @@ class Prepared:
             and same_objects(self.parameters, parameters)
             and same_objects(self.state_dicts, list(state.values()))
         )
-        if held:
-            self.watch(groups, state)
+        # From the second step on, as a plan may be made for a single one.
+        self._lists = tensor_objects.watch_lists([group["params"] for group in groups], state) if held else None
         return held
 
     @property
@@ -83,10 +83,10 @@ class Prepared:
             index in self.indices for index, gradient in enumerate(gradients) if gradient is not None
         )
 
-    def watch(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> None:
-        """Note the lists of parameters and the dicts of states as they are now."""
+    def watch(self, state: dict[Tensor, Any]) -> None:
+        """Note the dicts of states as they are now."""
         self.state, self.state_dicts = state, list(state.values())
-        self._lists = tensor_objects.watch_lists([group["params"] for group in groups], state)
+        self._lists = None
 
 
 def as_number(value: Any) -> float:

@@ -158,6 +158,11 @@ class Unit:
         """Whether all gradients are there."""
         return not self.open and len(self._ready) == len(self.parameters)
 
+    @property
+    def plan(self) -> Plan | None:
+        """What it has planned last."""
+        return None if self._part._prepared is None else self._part._prepared.plan
+
     def measure(self, norm: Norm, loss_scale: LossScale | None) -> None:
         """Add the gradients that are ready to ``norm``."""
         self._run(self._part._take_step, norm, loss_scale, measures=True)

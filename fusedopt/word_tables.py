@@ -44,8 +44,8 @@ def packed(forms: Mapping[str, Format], state: Mapping[str, Any]) -> dict[str, A
     found = dict(state)
     for name, form in forms.items():
         codes, words = state[name], state[f"{name}_words"]
-        if not _is_table(form, words):
-            found[name], found[f"{name}_words"] = codes.clone(), _table(codes, words)
+        # Also of what was loaded: the next step writes its codes into the same memory.
+        found[name], found[f"{name}_words"] = codes.clone(), words.clone() if _is_table(form, words) else _table(codes, words)
     return found
 
 

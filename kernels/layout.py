@@ -73,11 +73,16 @@ def as_part(tensor: Tensor, like: Any, shape: tuple[int, ...] | None = None) -> 
     return whole
 
 
+def is_cut(placement: Any) -> bool:
+    """Whether ``placement`` cuts a tensor: that of FSDP2 beside tensor parallelism, ``_StridedShard``, says that it is no shard."""
+    return not (placement.is_replicate() or placement.is_partial())
+
+
 def cuts(tensor: Any) -> tuple[int, ...]:
     """Return into how many parts each dimension of ``tensor`` is cut."""
     found = [1] * tensor.dim()
     for dimension, placement in enumerate(tensor.placements if is_sharded(tensor) else ()):
-        if placement.is_shard():
+        if is_cut(placement):
             found[placement.dim] *= tensor.device_mesh.size(dimension)
     return tuple(found)
 
@@ -88,10 +93,10 @@ def rows_as_part(rows: Tensor, like: Any) -> Tensor:
         return rows
     from torch.distributed.tensor import Shard
 
-    placements = [Shard(0) if placement.is_shard() else placement for placement in like.placements]
+    placements = [Shard(0) if is_cut(placement) else placement for placement in like.placements]
     count = len(rows)
     for dimension, placement in enumerate(like.placements):
-        count *= like.device_mesh.size(dimension) if placement.is_shard() else 1
+        count *= like.device_mesh.size(dimension) if is_cut(placement) else 1
     own: Any = type(like)
     whole: Tensor = own.from_local(
         rows, like.device_mesh, placements, run_check=False, shape=(count, *rows.shape[1:]), stride=rows.stride()
@@ -121,7 +126,7 @@ def sharding(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     if not is_sharded(tensor):
         return None
     placements: Any = tensor.placements  # type: ignore[attr-defined]
-    cut = tuple(dimension for dimension, placement in enumerate(placements) if placement.is_shard())
+    cut = tuple(dimension for dimension, placement in enumerate(placements) if is_cut(placement))
     return (tensor.device_mesh, cut) if cut else None  # type: ignore[attr-defined]
 
 

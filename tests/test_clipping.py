@@ -189,6 +189,42 @@ def test_all_groups_are_clipped_by_the_norm_over_all():
     assert float(optimizer.grad_norm) == pytest.approx(exact_norm([first, second]), rel=1e-14)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["in a step", "inside backward"])
+@pytest.mark.parametrize("between", ["nothing", "a checkpoint", "a copy", "a new plan"])
+def test_a_first_step_that_is_left_out_is_none(between, inside):
+    """Dampening is for all steps but the first."""
+
+    def make():
+        model = torch.nn.Linear(3, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        optimizer = fusedopt.SGD(model.parameters(), lr=1.0, momentum=0.9, dampening=0.5, skip_nonfinite=True)
+        return model, optimizer, fusedopt.step_in_backward(model, optimizer) if inside else None
+
+    def train(model, optimizer, within, size):
+        loss = size * model(torch.ones(1, 3)).sum()
+        if within is not None:
+            with within.measuring():
+                loss.backward(retain_graph=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer, within = make()
+    train(model, optimizer, within, torch.inf)
+    assert int(optimizer.skipped_steps) == 1
+    if between == "a checkpoint":
+        saved = optimizer.state_dict()
+        assert not saved["state"]
+        model, optimizer, within = make()
+        optimizer.load_state_dict(saved)
+    elif between == "a copy":
+        assert not copy.deepcopy(optimizer).state
+    elif between == "a new plan":
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    train(model, optimizer, within, 1.0)
+    assert model.weight.tolist() == [[-1.0, -1.0, -1.0]]
+
+
 def test_a_group_may_be_added_and_a_number_changed():
     torch.manual_seed(0)
     first, second = make_parameters([10, 10])

@@ -327,6 +327,32 @@ def test_clipping_in_the_step_by_the_norm_over_all_ranks(processes, name, backen
     processes.run(clipped_in_the_step, name, backend)
 
 
+def clipped_beside_tensor_parallelism(rank):
+    """FSDP2 cuts what is cut already, by placements of a kind of their own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = torch.nn.Sequential(torch.nn.Linear(130, 100, bias=False), torch.nn.Tanh())
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    optimizer = fusedopt.AdamW(model.parameters(), max_grad_norm=1.0)
+    torch.manual_seed(10 + rank // 2)
+    model(torch.randn(5, 130)).square().sum().backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm, norm.double(), rtol=1e-5, atol=0)
+
+
+def test_clipping_beside_tensor_parallelism():
+    four = Processes(4)
+    try:
+        four.run(clipped_beside_tensor_parallelism)
+    finally:
+        four.end()
+
+
 def skipped_by_one_rank(rank):
     """An infinity in the shard of one rank keeps both from stepping."""
     model = sharded(make_model())

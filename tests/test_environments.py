@@ -211,6 +211,14 @@ def test_hooks_of_steps_run_whenever_they_are_there():
     assert calls == []
 
 
+def test_hooks_that_a_closure_adds_run_after_its_step():
+    params = make_parameters([(3,)])
+    draw_gradients(params)
+    optimizer, calls = fusedopt.AdamW(params), []
+    optimizer.step(lambda: optimizer.register_step_post_hook(lambda *_: calls.append("after")))
+    assert calls == ["after"]
+
+
 def test_profilers_see_steps_by_their_class():
     params = make_parameters([(3,)])
     draw_gradients(params)

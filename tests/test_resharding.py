@@ -243,6 +243,24 @@ def saved_and_loaded(saved_as, loaded_as):
     return saved, optimizers[1]
 
 
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "split8"])  # which keeps no codes
+def test_what_was_saved_before_the_first_step_is_kept(variant):
+    """The step after loading takes what was loaded into its own memory."""
+    name, dtype, options = VARIANTS[variant]
+    p = torch.nn.Parameter(torch.randn(64, 128).to(dtype))
+    optimizer = getattr(fusedopt, name)([p], lr=1e-2, **options)
+    for step in range(6):
+        if step == 3:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            saved = optimizer.state_dict()
+            codes = {key: value for key, value in saved["state"][0].items() if value.dtype in (torch.uint8, torch.int32)}
+            kept = copy.deepcopy(codes)
+            assert codes
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert all(torch.equal(codes[key], kept[key]) for key in kept)
+
+
 def test_tables_are_small():
     for shape in [(4096, 64), (1000, 1000), MANY_ROWS, (1_000_000,)]:
         saved, _ = saved_and_loaded(shape, shape)

@@ -14,7 +14,7 @@ def costs(record: SimpleNamespace) -> Section:
     section = Section("What a step costs apart from its kernel")
     if record.host_costs:
         section.blocks.append("AdamW on tensors of one element each: nearly all of such a step is the host's.")
-        section.blocks.append(_host_table(record.host_costs))
+        section.blocks.append(host_table(record.host_costs))
         section.blocks.append(Picture("host_costs", "Both axes are logarithmic."))
     if record.gpu_host_costs:
         section.blocks.append(
@@ -22,7 +22,7 @@ def costs(record: SimpleNamespace) -> Section:
             "and a driver of Triton's that leaves launches out, so what CUDA itself takes of the host is not in the time. "
             "*Capturable*: the coefficients are computed on the device, by a second kernel."
         )
-        section.blocks.append(_host_table(record.gpu_host_costs))
+        section.blocks.append(host_table(record.gpu_host_costs))
     if record.breakdowns:
         section.blocks.append(
             "The same by function, from Python's profiler: each with the compiled code that it calls, checks and kernel included, "
@@ -46,7 +46,8 @@ def costs(record: SimpleNamespace) -> Section:
     return section
 
 
-def _host_table(costs: Sequence[SimpleNamespace]) -> Table:
+def host_table(costs: Sequence[SimpleNamespace]) -> Table:
+    """Microseconds by number of tensors."""
     subjects = list(dict.fromkeys(cost.subject for cost in costs))
     rows = []
     for tensors in dict.fromkeys(cost.tensors for cost in costs):
