@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+from .cases import CASES as CASES_BY_NAME
 from .first_step import CHECKOUT
 from .plots import overview, save_png
 from .report import cells
@@ -19,6 +20,8 @@ from .run import MAIN_OPTIMIZERS, read
 TABLE, PICTURE = "bench", "bench-picture"
 #: Cases of the table, in its order; reports have them all.
 CASES = ("1x20M", "1x1M", "100x50k", "1000x1k", "1000x100", "mobilenet-v2", "resnet50", "gpt2-small")
+#: Those in which the other optimizers are named.
+ONE_TENSOR, MANY_TENSORS = "1x10M", "1000x1k"
 EXPLANATION = (
     "float32 on the CPU; a whole `optimizer.step()` against torch's fused one. torch / ours: ratio of the times, above 1 where "
     "fusedopt is faster; median of interleaved rounds, quartiles in brackets. Moved gradients: the same ratio where each step "
@@ -59,7 +62,7 @@ def update(checkout: Path, record: SimpleNamespace, report: str) -> None:
         for step in record.first_steps
     )
     paragraphs = [EXPLANATION, markdown_table(ratio_table(results)), f"First step, Numba's import included: {first_steps}."]
-    paragraphs += [line for line in (packages(record),) if line]
+    paragraphs += [line for line in (other_optimizers(record), packages(record)) if line]
     paragraphs.append(f"{machine_line(record.machine)}; {record.machine.date}. Reproduce with `{record.command}`.")
     readme = checkout / "README.md"
     text = replace_between(readme.read_text(encoding="utf-8"), TABLE, "\n\n".join(paragraphs))
@@ -71,6 +74,26 @@ def update(checkout: Path, record: SimpleNamespace, report: str) -> None:
         raise ValueError(f"{report}: expected results of {' and '.join(MAIN_OPTIMIZERS)} on the CPU, found none")
     save_png(figure, checkout / "docs" / "benchmark.png")
     readme.write_text(text, encoding="utf-8")
+
+
+def other_optimizers(record: SimpleNamespace) -> str:
+    """How many times as fast as torch's best the other optimizers are, and what the memory would allow."""
+    said = []
+    for name in dict.fromkeys(r.optimizer for r in cells.on_cpu(record, None) if r.optimizer not in MAIN_OPTIMIZERS):
+        large, small = (
+            next((t for r in cells.on_cpu(record, [name]) if r.case == case and (t := cells.timing_of(r, "fusedopt"))), None)
+            for case in (ONE_TENSOR, MANY_TENSORS)
+        )
+        if large and large.ratio and small and small.ratio:
+            share = large.share_of_limit.median
+            most = f" ({cells.number(large.ratio.median / share)})" if share < 1 else ""
+            said.append(f"{name} {cells.number(large.ratio.median)}{most}, {cells.number(small.ratio.median)}")
+    text = (
+        f"The others, against the best that torch has of each, at {CASES_BY_NAME[ONE_TENSOR].title} (in brackets what it would be "
+        "if our step ran at the measured limit of the memory; without them it does, and no kernel could be much faster) and at "
+        f"{CASES_BY_NAME[MANY_TENSORS].title}: "
+    )
+    return f"{text}{'; '.join(said)}." if said else ""
 
 
 def packages(record: SimpleNamespace) -> str:

@@ -870,6 +870,20 @@ def test_readme_and_its_picture_come_from_a_record(whole_run, tmp_path, monkeypa
     assert (tmp_path / "docs" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_readme_says_how_fast_other_optimizers_are_and_could_be():
+    def contest(optimizer, case, ratio, share):
+        timing = SimpleNamespace(
+            subject="fusedopt", ratio=SimpleNamespace(median=ratio), share_of_limit=SimpleNamespace(median=share)
+        )
+        return SimpleNamespace(device="cpu", optimizer=optimizer, case=case, timings=[timing])
+
+    results = [contest("RMSprop", "1x10M", 3.0, 0.8), contest("RMSprop", "1000x1k", 25.0, 0.2)]
+    results += [contest("Adamax", "1x10M", 2.5, 1.1), contest("Adamax", "1000x1k", 22.0, 0.2), contest("AdamW", "1x10M", 1.0, 0.9)]
+    said = readme.other_optimizers(SimpleNamespace(results=results))
+    assert said.endswith("and at 1,000 x 1,000: RMSprop 3 (3.75), 25; Adamax 2.5, 22.")
+    assert readme.other_optimizers(SimpleNamespace(results=results[-1:])) == ""
+
+
 def test_readme_says_what_steps_of_other_packages_take():
     def timing(subject, ratio=None):
         return SimpleNamespace(subject=subject, ratio_to_ours=None if ratio is None else SimpleNamespace(median=ratio))

@@ -154,7 +154,7 @@ def other_optimizers(record: SimpleNamespace) -> Section:
         ours, theirs = cells.timing_of(result, "fusedopt"), cells.timing_of(result, result.baseline)
         if ours and theirs and ours.milliseconds:
             numbers = beside(theirs, ours)
-            at_limit = cells.number(ours.ratio.median / ours.share_of_limit.median)
+            at_limit = cells.number(ours.ratio.median / min(1.0, ours.share_of_limit.median))
             rows.append([result.optimizer, result.title, theirs.subject, *numbers, cells.percent(ours.share_of_limit), at_limit])
     if not rows:
         return Section("Other optimizers")
@@ -165,8 +165,8 @@ def other_optimizers(record: SimpleNamespace) -> Section:
         "and its lists of tensors."
     )
     ceiling = (
-        "*Ratio at the limit*: what torch / ours would be if our step moved its bytes at the whole of the memory limit. A ratio "
-        "well above it cannot be had on this machine, whatever the kernel."
+        "*Ratio at the limit*: what torch / ours would be if our step moved its bytes at the whole of the memory limit; where it "
+        "does, the ratio itself. A ratio well above it cannot be had on this machine, whatever the kernel."
     )
     return Section("Other optimizers", [text, Table(heading, rows, frozenset({0, 1, 2})), ceiling])
 
