@@ -39,8 +39,8 @@ def random_words(key: int, step: int, first: int, count: int, number: int, devic
         number: which of the words that an element has.
     """
     index = torch.arange(first, first + count, device=device)
-    other = CODES.step_key(((key >> 32) + (index >> 32)) & _MASK, step)
-    return CODES.scramble(index & _MASK, key & _MASK, (other + 0x3C6EF372 * number) & _MASK)  # type: ignore[no-any-return]
+    of_step = CODES.step_key(((key >> 32) + (index >> 32)) & _MASK, step)
+    return CODES.scramble((index + key + of_step + codes.NEXT_WORD * number) & _MASK)  # type: ignore[no-any-return]
 
 
 def half(words: Tensor, slot: int) -> Tensor:
@@ -91,7 +91,7 @@ def words_of(form: Format, parameter: Tensor, words: Tensor | None) -> Tensor:
 
 
 def decode(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the numbers that flat codes mean, and the sizes that others may be relative to.
+    """Return the numbers that flat codes mean, and what others may be relative to.
 
     Args:
         elements: codes.
@@ -106,11 +106,14 @@ def decode(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None) 
 
 
 def _meaning(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the numbers that codes of any shape mean, and their sizes; ``words`` has one dimension more, and may be broadcast."""
+    """Return the numbers that codes of any shape mean, and what others may be relative to.
+
+    ``words`` has one dimension more, and may be broadcast.
+    """
     code, parts = elements.long(), (words.long() & _MASK).unbind(-1)
     if form.name in ("size", "root"):
         size = CODES.decode_size(code, *parts)
-        return (size * size if form.name == "root" else size), size
+        return size, CODES.near_root(size) if form.name == "root" else size
     factor = codes.TENSORS["from_bits"](parts[0])
     if form.name == "relative":
         assert sizes is not None
@@ -121,26 +124,26 @@ def _meaning(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None
 
 
 def encode(form: Format, elements: Tensor, random: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the codes of flat float32 ``elements``, the words of their blocks, and the sizes that the codes mean.
+    """Return the codes of flat float32 ``elements``, the words of their blocks, and what others may be relative to.
 
     Args:
         random: 16 random bits an element.
         sizes: what the numbers are relative to, or None.
     """
     x, bits = _in_blocks(elements), _in_blocks(random)
-    if form.name == "root":
-        x = sqrt(x)
     if form.name == "relative":
         assert sizes is not None
-        x = CODES.quotient(x, _in_blocks(sizes, beyond=1))
+        own = _in_blocks(sizes)
+        x = CODES.quotient(x, own, own)
     highest = CODES.size_bits(x).amax(1, keepdim=True)
     meant = x
     if form.name in ("size", "root"):
         lowest = ((CODES.size_bits(x) - 1) & _MASK).amin(1, keepdim=True)
-        first, distance = CODES.grid((lowest + 1) & _MASK, highest)
+        first, distance, inverse = CODES.grid((lowest + 1) & _MASK, highest)
         parts = CODES.grid_words(first, distance, highest)
-        function = CODES.encode_root if form.name == "root" else CODES.encode_size
-        code, meant = function(x, first, distance, 1.0 / distance.float(), bits)
+        code, meant = CODES.encode_size(x, first, distance, inverse, bits)
+        meant = CODES.near_root(meant) if form.name == "root" else meant
+        meant = torch.where(x == 0, 0, meant)
     else:
         signed = form.name == "signed"
         factor, inverse = (CODES.signed_factors if signed else CODES.relative_factors)(highest)

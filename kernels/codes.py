@@ -6,12 +6,12 @@ one or two 32-bit words that the block has beside them:
 | code | for | a byte means | words of a block |
 |---|---|---|---|
 | size | states that are never negative | 0 is zero; else 1 of 255 bit patterns in equal distances | first pattern, distance |
-| root | second moments | the size code of the root | first pattern, distance |
+| root | second moments | the same; first moments are relative to a root near it | first pattern, distance |
 | signed | other states | a sign and 7 bits, four binades of 32 steps | a factor |
 | relative | first moments | a sign and 7 bits, two binades of 64 steps, of the quotient by the root | a factor |
 
 Bit patterns of float32 in equal distances are a logarithm, near enough, that costs an addition. They are rounded up or down
-by chance, so that averages stay unbiased however slowly they move. A moment relative to its root is of one size for gradients
+by chance, so that averages stay unbiased however slowly they move. A moment relative to a root is of one size for gradients
 of any: what is tiny keeps its digits beside what is huge. All of it is exact arithmetic on integers, or correctly
 rounded on float32, so that every backend has the same bits.
 
@@ -39,15 +39,16 @@ from fusedopt.kernels import source
 
 #: Elements a block; memory of a block is read and written by one thread of a CPU, or by the threads of one warp.
 BLOCK = 256
+#: What is added to the index of an element for the next random word of it: a billion and more, so that tensors do not meet theirs.
+NEXT_WORD = 0x3C6EF372
 
 
 # --- chance ------------------------------------------------------------------------------------------------------------------
 
 
-def scramble(index, key, other_key):
-    """Return 32 random bits of an element: a hash (Wellons' lowbias32) of its index, which two keys have moved about."""
-    x = word((index ^ key) + other_key)
-    x = word((x ^ (x >> 16)) * 0x7FEB352D)
+def scramble(x):
+    """Return 32 random bits: Wellons' hash lowbias32 of ``x`` but for its first fold, which numbers in sequence do without."""
+    x = word(x * 0x7FEB352D)
     x = word((x ^ (x >> 15)) * 0x846CA68B)
     return word(x ^ (x >> 16))
 
@@ -60,14 +61,7 @@ def step_key(key, step):
     return word(x ^ (x >> 15))
 
 
-def rounds_up(x, low, high, random):
-    """Whether chance rounds ``x``, between ``low`` and ``high``, up: as often as keeps the mean. ``random``: 16 bits."""
-    # A number from 1 to 2, and so both sides are larger by a distance: that takes fewer operations than one from 0 to 1.
-    distance = high - low
-    return (x - low) + distance > from_bits(word((random << 7) | 0x3F800040)) * distance
-
-
-# --- sizes and roots: bit patterns in equal distances ------------------------------------------------------------------------
+# --- sizes: bit patterns in equal distances ----------------------------------------------------------------------------------
 
 
 def size_bits(x):
@@ -76,12 +70,26 @@ def size_bits(x):
 
 
 def grid(lowest, highest):
-    """Return the first pattern and the distance of a block's codes, from its smallest non-zero and its largest pattern."""
+    """Return the first pattern of a block's codes, their distance and its inverse, from its least non-zero and largest pattern.
+
+    Powers of two are among the patterns, as near as distances are integers: between two codes a number is then proportional
+    to its pattern, and who rounds patterns by chance keeps the mean of the numbers.
+    """
     # One of infinity or NaN has all codes in their usual places, but they mean NaN; one of zeros has them about 1.
     highest = where(highest > 0x7F800000, word(highest * 0 + 0x7F800000), highest)
     highest = where(highest == 0, word(highest * 0 + 0x3F800000), highest)
     lowest = where((lowest > highest) | (lowest == 0), highest, lowest)
-    return lowest, word(word(highest - lowest) // 254 + 1)
+    span = word(highest - lowest)
+    distance = word(span // 253 + 1)
+    # Of more than a binade, as many steps in each as there is room for; 255 binades have less than one.
+    steps = truncate(float32(8388608.0) / real(distance))
+    even = truncate(real(word(steps + 0x7FFFFF)) / real(where(steps == 0, word(steps + 1), steps)))
+    distance = where((span > 0x7FFFFF) & (steps > 0), even, distance)
+    inverse = float32(1.0) / real(distance)
+    power = word((lowest + 0x7FFFFF) & 0x7F800000)
+    below = word(word(truncate(real(word(power - lowest)) * inverse) + 1) * distance)
+    # Not where the patterns would begin below zero: up to the second power of two, one distance is one number.
+    return where(below < power, word(power - below), lowest), distance, inverse
 
 
 def grid_words(first, distance, highest):
@@ -90,35 +98,24 @@ def grid_words(first, distance, highest):
     return where(bad, word(highest * 0 + 0x7FC00000), word(first - distance)), where(bad, word(highest * 0), distance)
 
 
-def place(x, first, inverse_distance):
-    """Return which pattern of the grid, from 0, is the nearest below ``x``."""
-    position = real(word(size_bits(x) - first)) * inverse_distance
-    return truncate(where(position < float32(253.0), position, float32(253.0)))
-
-
 def encode_size(x, first, distance, inverse_distance, random):
-    """Return the code of ``x`` >= 0, and what it means: ``x`` on the average. What code 0 means is left open."""
-    below = place(x, first, inverse_distance)
-    pattern = word(first + below * distance)
-    low, high = from_bits(pattern), from_bits(word(pattern + distance))
-    up = rounds_up(x, low, high, random)
-    code = where(x == float32(0.0), word(below * 0), where(up, word(below + 2), word(below + 1)))
-    return code, where(up, high, low)
+    """Return the code of ``x`` >= 0, and what it means: ``x`` on the average. What code 0 means is left open.
 
-
-def encode_root(x, first, distance, inverse_distance, random):
-    """Return the code of the root ``x`` >= 0, and what it means: its square is the square of ``x`` on the average."""
-    below = place(x, first, inverse_distance)
-    pattern = word(first + below * distance)
-    low, high = from_bits(pattern), from_bits(word(pattern + distance))
-    up = rounds_up(x * x, low * low, high * high, random)
-    code = where(x == float32(0.0), word(below * 0), where(up, word(below + 2), word(below + 1)))
-    return code, where(up, high, low)
+    ``random``: 16 bits, of which a number from 1 to 2 is made: it rounds, and counts the codes from 1.
+    """
+    place = real(word(size_bits(x) - first)) * inverse_distance + from_bits(word((random << 7) | 0x3F800040))
+    code = truncate(where(place < float32(255.0), place, float32(255.0)))
+    return where(x == float32(0.0), word(code * 0), code), from_bits(word(word(first - distance) + code * distance))
 
 
 def decode_size(code, base, distance):
-    """Return the number, or the root, that a code means."""
+    """Return the number that a code means."""
     return where(code == 0, float32(0.0), from_bits(word(base + code * distance)))
+
+
+def near_root(x):
+    """Return what is within 7 % of the root of ``x`` >= 2^-126, and small where ``x`` is: half of its bit pattern."""
+    return from_bits(word((bits(x) >> 1) + 0x1FC00000))
 
 
 # --- signed numbers: one binade or several above zero ------------------------------------------------------------------------
@@ -171,14 +168,14 @@ def encode_relative(x, inverse_factor, random):
 
 
 def decode_relative(code, factor, root):
-    """Return the number that a code means beside the ``root`` that is stored."""
+    """Return the number that a code means beside the ``root`` of what is stored."""
     size = (from_bits(word(0x3F800000 + ((code & 127) << 17))) - float32(1.0)) * factor * root
     return from_bits(word(bits(size) | ((code & 128) << 24)))
 
 
-def quotient(x, root):
-    """Return what the relative code keeps of ``x``; a root of zero, whatever it has been taken for here, makes zero of it."""
-    return x / root
+def quotient(x, root, of):
+    """Return what the relative code keeps of ``x``: nothing where the number ``of`` that it is relative to is zero."""
+    return where(of == float32(0.0), float32(0.0), x / root)
 
 
 # --- 16 bits, with or without more bits beside them --------------------------------------------------------------------------
@@ -234,14 +231,12 @@ def split_split8(x, random):
 FUNCTIONS: tuple[Callable[..., Any], ...] = (
     scramble,
     step_key,
-    rounds_up,
     size_bits,
     grid,
     grid_words,
-    place,
     encode_size,
-    encode_root,
     decode_size,
+    near_root,
     factors,
     signed_factors,
     relative_factors,

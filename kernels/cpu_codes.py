@@ -32,15 +32,19 @@ def from_bits(typing_context, pattern):
     return types.float32(types.uint32), generate
 
 
-def _room(element, of):
+#: Blocks that are updated together.
+GROUP = 4
+
+
+def _room(element, of, length):
     @intrinsic
     def room(typing_context):
-        """Return room for a block on the stack of the calling function."""
+        """Return room on the stack of the calling function."""
 
         def generate(context, builder, signature, arguments):
             # Not Numba's own way, which fills it with zeros.
             with builder.goto_entry_block():
-                memory = builder.alloca(ir.ArrayType(of, BLOCK))
+                memory = builder.alloca(ir.ArrayType(of, length))
             memory.align = 64
             return builder.bitcast(memory, of.as_pointer())
 
@@ -49,8 +53,9 @@ def _room(element, of):
     return room
 
 
-float32_room = _room(types.float32, ir.FloatType())
-uint32_room = _room(types.uint32, ir.IntType(32))
+float32_room = _room(types.float32, ir.FloatType(), GROUP * BLOCK)
+uint32_room = _room(types.uint32, ir.IntType(32), GROUP * BLOCK)
+word_room = _room(types.uint32, ir.IntType(32), GROUP)
 
 
 @njit(**JIT)

@@ -53,7 +53,7 @@ from fusedopt.kernels.gpu_runtime import (
 
 
 @triton.jit
-def update_block({arguments}, start, index, remaining, key, other_key, MASKED: tl.constexpr):
+def update_block({arguments}, start, index, remaining, MASKED: tl.constexpr):
     lanes = tl.arange(0, {block})
     if MASKED:
         mask = lanes < remaining
@@ -71,11 +71,11 @@ def update_block({arguments}, start, index, remaining, key, other_key, MASKED: t
     {left_out}
     full = (tl.minimum(remaining, BLOCK) // {block} * {block}).to(tl.int32)
     for part in range(0, full, {block}):
-        update_block({arguments}, first + part, index + first + part, 0, key, other_key, False)
+        update_block({arguments}, first + part, index + first + part, 0, False)
     # A mask makes every access scalar: only ragged ends have one. Not in the loop, in which each access would keep its address.
     if (remaining > full) & (full < BLOCK):
         rest = remaining.to(tl.int32) - full
-        update_block({arguments}, first + full, index + first + full, rest, key, other_key, True)
+        update_block({arguments}, first + full, index + first + full, rest, True)
 """
 )
 
@@ -94,6 +94,7 @@ def kernel_source(kind: Kind) -> str:
     row_of = {name: 2 + at for at, name in enumerate(kind.tensors)}
     partners = {f"s_{state}": f"s_{partner}" for state, partner in kind.update.rule.relative.items()}
     slots = {array: slot for slot, (array, form) in enumerate((a, f) for a, f in arrays if f.chance)}
+    roots = {array for array, form in arrays if form.name == "root"}
     open_arrays: list[str] = []
     pointers: list[str] = []
     loads: list[str] = []
@@ -126,10 +127,11 @@ def kernel_source(kind: Kind) -> str:
         elif not form.words:
             loads.append(f"{array} = {read}.to(tl.float32)")
         elif form.name in ("size", "root"):
-            loads.append(f"{array}_size = decode_size(word({read}), tl.load({words}), tl.load({words} + 1))")
-            loads.append(f"{array} = {array}_size" + (f" * {array}_size" if form.name == "root" else ""))
+            loads.append(f"{array} = decode_size(word({read}), tl.load({words}), tl.load({words} + 1))")
         elif form.name == "relative":
-            loads.append(f"{array} = decode_relative(word({read}), from_bits(tl.load({words})), {partners[array]}_size)")
+            partner = partners[array]
+            root = f"near_root({partner})" if partner in roots else partner
+            loads.append(f"{array} = decode_relative(word({read}), from_bits(tl.load({words})), {root})")
         else:
             loads.append(f"{array} = decode_signed(word({read}), from_bits(tl.load({words})))")
         if array == "g":
@@ -143,10 +145,10 @@ def kernel_source(kind: Kind) -> str:
             ]
         elif form.words:
             lines = last if form.name == "relative" else stores
-            if form.name == "root":
-                lines.append(f"new_{array} = sqrt(new_{array})")
             if form.name == "relative":
-                lines.append(f"new_{array} = quotient(new_{array}, {partners[array]}_size)")
+                partner = partners[array]
+                root = f"near_root({partner}_meant)" if partner in roots else f"{partner}_meant"
+                lines.append(f"new_{array} = quotient(new_{array}, {root}, new_{partner})")
             lines += [
                 f"{array}_bits = size_bits(new_{array})",
                 # What does not exist has no part in the block's range.
@@ -155,12 +157,11 @@ def kernel_source(kind: Kind) -> str:
             ]
             if form.name in ("size", "root"):
                 lines += [
-                    f"first, distance = grid(word(tl.min(word({array}_bits - 1), axis=0) + 1), highest)",
+                    f"first, distance, inverse = grid(word(tl.min(word({array}_bits - 1), axis=0) + 1), highest)",
                     "base, kept_distance = grid_words(first, distance, highest)",
                     f"tl.store({words}, base)",
                     f"tl.store({words} + 1, kept_distance)",
-                    f"code, {array}_size = encode_{form.name}(new_{array}, first, distance, divide(float32(1.0), real(distance)), "
-                    f"{_half(slots[array])})",
+                    f"code, {array}_meant = encode_size(new_{array}, first, distance, inverse, {_half(slots[array])})",
                 ]
             else:
                 lines += [
@@ -190,17 +191,15 @@ def kernel_source(kind: Kind) -> str:
         loads.append("tl.store(g_at + offsets, g.to(g_at.dtype.element_ty), mask=mask)")
     random = []
     for number in sorted({slot // 2 for slot in slots.values()}):
-        other = f"word(other_key + {0x3C6EF372 * number % 2**32})" if number else "other_key"
-        random.append(f"random_{number} = scramble(word(index + lanes), key, {other})")
-    keys = ["index = first * 0", "key = word(index)", "other_key = key"]
+        random.append(f"random_{number} = scramble(word(index + lanes + {codes.NEXT_WORD * number % 2**32}))")
+    keys = ["index = first * 0"]
     if kind.chance:
         at = 2 + len(kind.tensors)
         keys = [
             f"index = tl.load(addresses + {at + 1} * tensors + tensor)",
             f"keys = tl.load(addresses + {at} * tensors + tensor)",
-            "key = word(keys)",
             "high = word((index + first) >> 32)",
-            f"other_key = step_key(word(word(keys >> 32) + high), word(tl.load(row + {len(names)})))",
+            f"index += keys + step_key(word(word(keys >> 32) + high), word(tl.load(row + {len(names)})))",
         ]
     functions = generate.functions(generate.functions_of_elements(kind.update), "@triton.jit", source.Divisions())
     return _TEMPLATE.format(

@@ -162,7 +162,7 @@ def encoded(name, x, random, sizes=None):
     return blocks.decode(CODES[name], code, words, sizes)[0]
 
 
-@pytest.mark.parametrize("name", ["size", "root", "signed"])
+@pytest.mark.parametrize("name", ["size", "signed"])
 def test_codes_are_unbiased(name):
     """The mean over all random bits is the number itself."""
     x = torch.exp(2 * torch.randn(256)) * 1e-3
@@ -182,13 +182,13 @@ def test_codes_are_unbiased(name):
 def test_nothing_beside_something_large_becomes_zero(ratio):
     x = torch.full((256,), 1.0)
     x[5] = ratio
-    value = encoded("size", x, torch.full((256,), 0))
-    assert value[5] == pytest.approx(ratio)
-    assert encoded("root", x, torch.full((256,), 0))[5] == pytest.approx(ratio)
+    # A code of what spans many binades is at most half a binade from the next.
+    for random in (0, 65535):
+        assert ratio / 1.5 < encoded("size", x, torch.full((256,), random))[5] < 1.5 * ratio
 
 
 def test_zero_has_its_own_code():
-    for name in ("size", "root", "signed"):
+    for name in ("size", "signed"):
         for x in (torch.zeros(300), torch.cat([torch.zeros(100), torch.ones(200)])):
             assert torch.equal(encoded(name, x, torch.full((300,), 65535)) == 0, x == 0)
 
@@ -231,5 +231,5 @@ def test_random_words_look_random():
 
 def test_numpy_and_torch_mean_the_same_by_the_functions():
     index = np.arange(1000, dtype=np.uint32)
-    words = NUMPY.scramble(index, np.uint32(12345), np.uint32(678))
-    assert words.tolist() == TORCH.scramble(torch.arange(1000), 12345, 678).tolist()
+    words = NUMPY.scramble(index)
+    assert words.tolist() == TORCH.scramble(torch.arange(1000)).tolist()
