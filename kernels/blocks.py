@@ -40,12 +40,13 @@ def random_words(key: int, step: int, first: int, count: int, number: int, devic
     """
     index = torch.arange(first, first + count, device=device)
     of_step = CODES.step_key(((key >> 32) + (index >> 32)) & _MASK, step)
-    return CODES.scramble((index + key + of_step + codes.NEXT_WORD * number) & _MASK)  # type: ignore[no-any-return]
+    place = (index + key + of_step + codes.NEXT_WORD * number) & _MASK
+    return CODES.scramble((place * codes.STRIDE) & _MASK)  # type: ignore[no-any-return]
 
 
-def half(words: Tensor, slot: int) -> Tensor:
-    """Return the 16 random bits of the ``slot``-th number of an element that is rounded by chance."""
-    return words >> 16 if slot % 2 == 0 else words & 0xFFFF
+def draw(words: Tensor, slot: int, form: Format) -> Tensor:
+    """Return the random bits of the ``slot``-th number of an element that is rounded by chance, which has format ``form``."""
+    return words >> (32 - form.chance) if slot % 2 == 0 else words >> 8 & ((1 << form.chance) - 1)
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def _meaning(form: Format, elements: Tensor, words: Tensor, sizes: Tensor | None
     code, parts = elements.long(), (words.long() & _MASK).unbind(-1)
     if form.name in ("size", "root"):
         size = CODES.decode_size(code, *parts)
-        return size, CODES.near_root(size) if form.name == "root" else size
+        return size, CODES.near_root(code, *parts) if form.name == "root" else size
     factor = codes.TENSORS["from_bits"](parts[0])
     if form.name == "relative":
         assert sizes is not None
@@ -127,7 +128,7 @@ def encode(form: Format, elements: Tensor, random: Tensor, sizes: Tensor | None)
     """Return the codes of flat float32 ``elements``, the words of their blocks, and what others may be relative to.
 
     Args:
-        random: 16 random bits an element.
+        random: as many random bits an element as ``form`` takes.
         sizes: what the numbers are relative to, or None.
     """
     x, bits = _in_blocks(elements), _in_blocks(random)
@@ -141,9 +142,9 @@ def encode(form: Format, elements: Tensor, random: Tensor, sizes: Tensor | None)
         lowest = ((CODES.size_bits(x) - 1) & _MASK).amin(1, keepdim=True)
         first, distance, inverse = CODES.grid((lowest + 1) & _MASK, highest)
         parts = CODES.grid_words(first, distance, highest)
-        code, meant = CODES.encode_size(x, first, distance, inverse, bits)
-        meant = CODES.near_root(meant) if form.name == "root" else meant
-        meant = torch.where(x == 0, 0, meant)
+        code = CODES.encode_size(x, first, inverse, bits)
+        meaning = CODES.near_root if form.name == "root" else CODES.decode_size
+        meant = torch.where(x == 0, 0, meaning(code, (first - distance) & _MASK, distance))
     else:
         signed = form.name == "signed"
         factor, inverse = (CODES.signed_factors if signed else CODES.relative_factors)(highest)

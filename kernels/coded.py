@@ -57,11 +57,11 @@ class Coded:
         """Write the parameter and the states."""
         flat = blocks.flat(p, self._parameter)
         if self._form.master is not None:
-            kept, master = blocks.split(self._form, flat, self._half("p") if self._form.chance else None)
+            kept, master = blocks.split(self._form, flat, self._draw("p") if self._form.chance else None)
             self._tensors["master"].copy_(blocks.unflat(master, self._parameter))
             self._parameter.copy_(blocks.unflat(kept, self._parameter))
         elif self._form.chance:
-            self._parameter.copy_(blocks.unflat(blocks.to_bfloat16(flat, self._half("p")), self._parameter))
+            self._parameter.copy_(blocks.unflat(blocks.to_bfloat16(flat, self._draw("p")), self._parameter))
         else:
             self._parameter.copy_(p)
         sizes: dict[str, Tensor] = {}
@@ -70,20 +70,20 @@ class Coded:
             form, elements = self._forms[name], blocks.flat(new[name], self._parameter)
             if form.words:
                 of = sizes.get(self._partners.get(name, ""))
-                code, words, sizes[name] = blocks.encode(form, elements, self._half(name), of)
+                code, words, sizes[name] = blocks.encode(form, elements, self._draw(name), of)
                 self._tensors[f"{name}_words"].copy_(words)
                 self._tensors[name].copy_(blocks.unflat(code, self._parameter))
             elif form.chance:
-                self._tensors[name].copy_(blocks.unflat(blocks.to_bfloat16(elements, self._half(name)), self._parameter))
+                self._tensors[name].copy_(blocks.unflat(blocks.to_bfloat16(elements, self._draw(name)), self._parameter))
             else:
                 self._tensors[name].copy_(new[name])
 
-    def _half(self, name: str) -> Tensor:
+    def _draw(self, name: str) -> Tensor:
         slot = self._slots[name]
         if slot // 2 not in self._random:
             count, device = self._parameter.numel(), self._parameter.device
             self._random[slot // 2] = blocks.random_words(self._key, self._step, self._first, count, slot // 2, device)
-        return blocks.half(self._random[slot // 2], slot)
+        return blocks.draw(self._random[slot // 2], slot, self._form if name == "p" else self._forms[name])
 
 
 def correct_root(names: dict[str, Any]) -> dict[str, Any]:

@@ -41,16 +41,20 @@ from fusedopt.kernels import source
 BLOCK = 256
 #: What is added to the index of an element for the next random word of it: a billion and more, so that tensors do not meet theirs.
 NEXT_WORD = 0x3C6EF372
+#: What an index is multiplied by before it is hashed: in a loop that is an addition.
+STRIDE = 0x7FEB352D
 
 
 # --- chance ------------------------------------------------------------------------------------------------------------------
 
 
 def scramble(x):
-    """Return 32 random bits: Wellons' hash lowbias32 of ``x`` but for its first fold, which numbers in sequence do without."""
-    x = word(x * 0x7FEB352D)
-    x = word((x ^ (x >> 15)) * 0x846CA68B)
-    return word(x ^ (x >> 16))
+    """Return a random word from an index times :data:`STRIDE`: bits from 8 on, those from 12 on without a trace of each other.
+
+    Wellons' hash lowbias32 without its first and its last fold: numbers in sequence do without the one, upper bits without
+    the other.
+    """
+    return word((x ^ (x >> 16)) * 0x846CA68B)
 
 
 def step_key(key, step):
@@ -75,7 +79,8 @@ def grid(lowest, highest):
     Powers of two are among the patterns, as near as distances are integers: between two codes a number is then proportional
     to its pattern, and who rounds patterns by chance keeps the mean of the numbers.
     """
-    # One of infinity or NaN has all codes in their usual places, but they mean NaN; one of zeros has them about 1.
+    # All codes of a block with infinity or NaN mean NaN; one of zeros has them about 1.
+    bad = highest > 0x7F7FFFFF
     highest = where(highest > 0x7F800000, word(highest * 0 + 0x7F800000), highest)
     highest = where(highest == 0, word(highest * 0 + 0x3F800000), highest)
     lowest = where((lowest > highest) | (lowest == 0), highest, lowest)
@@ -89,7 +94,9 @@ def grid(lowest, highest):
     power = word((lowest + 0x7FFFFF) & 0x7F800000)
     below = word(word(truncate(real(word(power - lowest)) * inverse) + 1) * distance)
     # Not where the patterns would begin below zero: up to the second power of two, one distance is one number.
-    return where(below < power, word(power - below), lowest), distance, inverse
+    first = where(below < power, word(power - below), lowest)
+    # What is not finite has no place among 255.
+    return first, distance, where(bad, float32(0.0), inverse)
 
 
 def grid_words(first, distance, highest):
@@ -98,14 +105,14 @@ def grid_words(first, distance, highest):
     return where(bad, word(highest * 0 + 0x7FC00000), word(first - distance)), where(bad, word(highest * 0), distance)
 
 
-def encode_size(x, first, distance, inverse_distance, random):
-    """Return the code of ``x`` >= 0, and what it means: ``x`` on the average. What code 0 means is left open.
+def encode_size(x, first, inverse_distance, random):
+    """Return the code of ``x`` >= 0, which means ``x`` on the average.
 
     ``random``: 16 bits, of which a number from 1 to 2 is made: it rounds, and counts the codes from 1.
     """
     place = real(word(size_bits(x) - first)) * inverse_distance + from_bits(word((random << 7) | 0x3F800040))
-    code = truncate(where(place < float32(255.0), place, float32(255.0)))
-    return where(x == float32(0.0), word(code * 0), code), from_bits(word(word(first - distance) + code * distance))
+    code = truncate(place)
+    return where(x == float32(0.0), word(code * 0), code)
 
 
 def decode_size(code, base, distance):
@@ -113,9 +120,10 @@ def decode_size(code, base, distance):
     return where(code == 0, float32(0.0), from_bits(word(base + code * distance)))
 
 
-def near_root(x):
-    """Return what is within 7 % of the root of ``x`` >= 2^-126, and small where ``x`` is: half of its bit pattern."""
-    return from_bits(word((bits(x) >> 1) + 0x1FC00000))
+def near_root(code, base, distance):
+    """Return what is within 7 % of the root of the number that a code means, if it is 2^-126 or more: half of its bit pattern."""
+    step = word(distance >> 1)
+    return from_bits(word(word((word(base + distance) >> 1) + 0x1FC00000 - step) + code * step))
 
 
 # --- signed numbers: one binade or several above zero ------------------------------------------------------------------------
@@ -159,17 +167,18 @@ def decode_signed(code, factor):
 def encode_relative(x, inverse_factor, random):
     """Return the code of the quotient ``x``: the nearest one, but by chance where an average that fades would get stuck.
 
-    To nearest, 16 steps and fewer would keep what loses a thirtieth at each step; chance in all of them would cost a third more
-    error.
+    A sign, and bits 17 to 23 of one more than the size. To nearest, 16 steps and fewer would keep what loses a thirtieth at
+    each step; chance in all of them would cost a third more error. ``random``: 17 bits.
     """
-    pattern = word(bits(float32(1.0) + absolute(x) * inverse_factor) - 0x3F800000)
-    size = word(pattern + where(pattern < 0x200000, word(random << 1), word(random * 0 + 0x10000))) >> 17
-    return word(where(size > 127, word(size * 0 + 127), size) | ((bits(x) >> 24) & 128))
+    pattern = bits(float32(1.0) + absolute(x) * inverse_factor)
+    pattern = word(pattern + where(pattern < 0x3FA00000, random, word(random * 0 + 0x10000)))
+    pattern = where(pattern > 0x407FFFFF, word(pattern * 0 + 0x407FFFFF), pattern)
+    return word(((pattern >> 17) & 127) | ((bits(x) >> 24) & 128))
 
 
 def decode_relative(code, factor, root):
     """Return the number that a code means beside the ``root`` of what is stored."""
-    size = (from_bits(word(0x3F800000 + ((code & 127) << 17))) - float32(1.0)) * factor * root
+    size = (from_bits(word((((code & 127) << 17) ^ 0x800000) + 0x3F800000)) - float32(1.0)) * factor * root
     return from_bits(word(bits(size) | ((code & 128) << 24)))
 
 
@@ -260,7 +269,7 @@ ARRAYS: dict[str, Callable[..., Any]] = {
     "from_bits": lambda b: b.view(numpy.float32),
     "word": lambda x: numpy.asarray(x).astype(numpy.uint32),
     "real": lambda x: x.astype(numpy.float32),
-    "truncate": lambda x: x.astype(numpy.uint32),
+    "truncate": lambda x: x.astype(numpy.int64).astype(numpy.uint32),
     "float32": numpy.float32,
     "where": numpy.where,
     "absolute": numpy.abs,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusedopt.kernels import generate
-from fusedopt.kernels.codes import BLOCK, NEXT_WORD
+from fusedopt.kernels.codes import BLOCK, NEXT_WORD, STRIDE
 from fusedopt.kernels.cpu_codes import GROUP
 
 if TYPE_CHECKING:
@@ -34,23 +34,23 @@ def update_chunk(addresses, tensor, start, count, c):
 """
 
 
-def _half(slot: int) -> str:
-    """Return the expression for the 16 random bits of the ``slot``-th number that is rounded by chance."""
-    return f"word(random_{slot // 2} >> 16)" if slot % 2 == 0 else f"word(random_{slot // 2} & 65535)"
+def _draw(slots: list[int], drawn: set[int], kept: set[int]) -> tuple[list[str], list[str]]:
+    """Return lines that have the random words of ``slots``, drawn where they are new and kept for later loops.
 
-
-def _draw(slots: list[int], drawn: set[int], kept: set[int]) -> list[str]:
-    """Return lines that have the random words of ``slots``: drawn where they are new, and kept for later loops."""
-    lines = []
+    Returns:
+        Those before the loop over the elements of a block, and those in it.
+    """
+    before, body = [], []
     for number in sorted({slot // 2 for slot in slots}):
         if number in drawn:
-            lines.append(f"random_{number} = random_{number}_kept[i]")
+            body.append(f"random_{number} = random_{number}_kept[i]")
             continue
         drawn.add(number)
-        lines.append(f"random_{number} = scramble(moved(word(index_of_block + {NEXT_WORD * number % 2**32}), i))")
+        before.append(f"place_{number} = word(word(index_of_block + {NEXT_WORD * number % 2**32}) * {STRIDE})")
+        body += [f"random_{number} = scramble(place_{number})", f"place_{number} = word(place_{number} + {STRIDE})"]
         if number in kept:
-            lines.append(f"random_{number}_kept[i] = random_{number}")
-    return lines
+            body.append(f"random_{number}_kept[i] = random_{number}")
+    return before, body
 
 
 def _loop(rows: list[str], before: list[str], body: list[str], after: list[str]) -> list[str]:
@@ -114,7 +114,7 @@ def update_chunk(kind: Kind, gradient: list[str]) -> str:
             update.append(f"{array} = decode_size({code}, {array}_base, {array}_distance)")
         elif form.name == "relative":
             partner = partners[array]
-            root = f"near_root({partner})" if partner in roots else partner
+            root = f"near_root(word({partner}_array[i]), {partner}_base, {partner}_distance)" if partner in roots else partner
             update.append(f"{array} = decode_relative({code}, from_bits({array}_factor), {root})")
         else:
             update.append(f"{array} = decode_signed({code}, from_bits({array}_factor))")
@@ -139,35 +139,40 @@ def update_chunk(kind: Kind, gradient: list[str]) -> str:
     drawn: set[int] = set()
     rooms += [f"random_{number}_room = carray(cpu_codes.uint32_room(), ({GROUP}, {BLOCK}))" for number in sorted(kept)]
     random_rows = [f"random_{number}_kept = random_{number}_room[block]" for number in sorted(kept)]
-    stores += _draw(at_once, drawn, kept)
+    places, draws = _draw(at_once, drawn, kept)
+    before += places
+    stores += draws
     for array, form in arrays:
         if form.words or array == "g":
             continue
         if form.master is not None:
-            given = f"new_p, {_half(slots['p'])}" if form.chance else "new_p"
+            given = f"new_p, {generate.draw(slots['p'], form)}" if form.chance else "new_p"
             stores.append(f"p_array[i], p_master[i] = split_{form.name}({given})")
         elif form.chance:
-            stores.append(f"{array}_array[i] = encode_bfloat16(new_{array}, {_half(slots[array])})")
+            stores.append(f"{array}_array[i] = encode_bfloat16(new_{array}, {generate.draw(slots[array], form)})")
         else:
             stores.append(f"runtime.store_{form.name}({array}_array, i, new_{array})")
     opened = [line for lines in rows.values() for line in lines] + random_rows
     lines = _loop(opened, before, [*update, *gradient, *generate.element(kind.update), *stores], after)
     relatives = [array for array, form in signed if form.name == "relative"]
-    for array, _ in sizes:
+    for array, form in sizes:
+        places, draws = _draw([slots[array]], drawn, kept)
         before = [
+            *places,
             f"least, distance, inverse = grid(word({array}_lowest_of[block] + 1), {array}_highest_of[block])",
             f"{array}_words[block, 0], {array}_words[block, 1] = grid_words(least, distance, {array}_highest_of[block])",
+            "base = word(least - distance)",
         ]
         body = [
-            *_draw([slots[array]], drawn, kept),
-            f"code, meant = encode_size({array}_new[i], least, distance, inverse, {_half(slots[array])})",
+            *draws,
+            f"code = encode_size({array}_new[i], least, inverse, {generate.draw(slots[array], form)})",
             f"{array}_array[i] = code",
         ]
         opened, after = [*rows[array], *random_rows], []
         for each in (each for each in relatives if partners[each] == array):
             opened += rows[each]
             before.append(f"{each}_highest = word(0)")
-            root = "near_root(meant)" if array in roots else "meant"
+            root = f"{'near_root' if array in roots else 'decode_size'}(code, base, distance)"
             body += [
                 f"{each}_quotient = quotient({each}_new[i], {root}, {array}_new[i])",
                 f"{each}_new[i] = {each}_quotient",
@@ -176,13 +181,15 @@ def update_chunk(kind: Kind, gradient: list[str]) -> str:
             after.append(f"{each}_highest_of[block] = {each}_highest")
         lines += _loop(opened, before, body, after)
     for array, form in signed:
+        places, draws = _draw([slots[array]], drawn, kept)
         before = [
+            *places,
             f"factor, inverse = {form.name}_factors({array}_highest_of[block])",
             f"{array}_words[block, 0] = bits(factor)",
         ]
         body = [
-            *_draw([slots[array]], drawn, kept),
-            f"{array}_array[i] = encode_{form.name}({array}_new[i], inverse, {_half(slots[array])})",
+            *draws,
+            f"{array}_array[i] = encode_{form.name}({array}_new[i], inverse, {generate.draw(slots[array], form)})",
         ]
         lines += _loop([*rows[array], *random_rows], before, body, [])
     names = generate.coefficient_names(kind.update)

@@ -18,8 +18,8 @@ class Format:
 
     name: str
     dtype: torch.dtype
-    #: Whether numbers are rounded up or down by chance.
-    chance: bool = False
+    #: Random bits by which a number is rounded up or down; none where it is rounded to the nearest.
+    chance: int = 0
     #: What the 32-bit words are that a block of codes has beside it; none where elements stand for themselves.
     parts: tuple[str, ...] = ()
     #: The dtype of what a parameter has beside it for more bits, or None.
@@ -52,17 +52,17 @@ FORMATS: dict[torch.dtype, Format] = {
 }
 
 #: Formats of :mod:`fusedopt.kernels.codes`: of states, and of parameters that have a master.
-BFLOAT16_BY_CHANCE = Format("bfloat16_by_chance", torch.bfloat16, chance=True)
+BFLOAT16_BY_CHANCE = Format("bfloat16_by_chance", torch.bfloat16, chance=16)
 CODES: dict[str, Format] = {
-    "size": Format("size", torch.uint8, True, ("base", "distance")),
-    "root": Format("root", torch.uint8, True, ("base", "distance")),
-    "signed": Format("signed", torch.uint8, True, ("factor",)),
-    "relative": Format("relative", torch.uint8, True, ("factor",)),
+    "size": Format("size", torch.uint8, 16, ("base", "distance")),
+    "root": Format("root", torch.uint8, 16, ("base", "distance")),
+    "signed": Format("signed", torch.uint8, 16, ("factor",)),
+    "relative": Format("relative", torch.uint8, 17, ("factor",)),
 }
 MASTERS: dict[str, Format] = {
     "fp32": Format("fp32", torch.bfloat16, master=torch.float32),
     "split16": Format("split16", torch.bfloat16, master=torch.int16),
-    "split8": Format("split8", torch.bfloat16, chance=True, master=torch.int8),
+    "split8": Format("split8", torch.bfloat16, chance=16, master=torch.int8),
 }
 
 #: A complex number is stored, and updated, as its real and its imaginary part.

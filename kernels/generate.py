@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fusedopt.kernels import source
+from fusedopt.kernels.formats import Format
 from fusedopt.kernels.rule import Update
 
 
@@ -53,6 +54,12 @@ def element(update: Update) -> list[str]:
 def functions_of_elements(update: Update) -> list[Callable[..., Any]]:
     """Return the functions that :func:`element` calls."""
     return [update.decay.update, update.rule.update, *([update.average.update] if update.average.states else [])]
+
+
+def draw(slot: int, form: Format) -> str:
+    """Return the expression for the random bits of the ``slot``-th number of an element that is rounded by chance."""
+    word = f"random_{slot // 2}"
+    return f"word({word} >> {32 - form.chance})" if slot % 2 == 0 else f"word(({word} >> 8) & {(1 << form.chance) - 1})"
 
 
 def indent(lines: Sequence[str], spaces: int) -> str:

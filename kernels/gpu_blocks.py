@@ -80,10 +80,6 @@ def update_block({arguments}, start, index, remaining, MASKED: tl.constexpr):
 )
 
 
-def _half(slot: int) -> str:
-    return f"word(random_{slot // 2} >> 16)" if slot % 2 == 0 else f"word(random_{slot // 2} & 65535)"
-
-
 def kernel_source(kind: Kind) -> str:
     """Return the text of the module that holds the kernel for buckets of ``kind``, which is coded."""
     from fusedopt.kernels import gpu_codes, gpu_runtime
@@ -127,17 +123,20 @@ def kernel_source(kind: Kind) -> str:
         elif not form.words:
             loads.append(f"{array} = {read}.to(tl.float32)")
         elif form.name in ("size", "root"):
-            loads.append(f"{array} = decode_size(word({read}), tl.load({words}), tl.load({words} + 1))")
+            loads.append(f"{array}_code, base, distance = word({read}), tl.load({words}), tl.load({words} + 1)")
+            loads.append(f"{array} = decode_size({array}_code, base, distance)")
+            if array in roots:
+                loads.append(f"{array}_root = near_root({array}_code, base, distance)")
         elif form.name == "relative":
             partner = partners[array]
-            root = f"near_root({partner})" if partner in roots else partner
+            root = f"{partner}_root" if partner in roots else partner
             loads.append(f"{array} = decode_relative(word({read}), from_bits(tl.load({words})), {root})")
         else:
             loads.append(f"{array} = decode_signed(word({read}), from_bits(tl.load({words})))")
         if array == "g":
             continue
         if form.master is not None:
-            given = f"new_p, {_half(slots['p'])}" if form.chance else "new_p"
+            given = f"new_p, {generate.draw(slots['p'], form)}" if form.chance else "new_p"
             stores += [
                 f"kept, low = split_{form.name}({given})",
                 "tl.store(p_at + offsets, kept.to(tl.uint16), mask=mask)",
@@ -147,8 +146,7 @@ def kernel_source(kind: Kind) -> str:
             lines = last if form.name == "relative" else stores
             if form.name == "relative":
                 partner = partners[array]
-                root = f"near_root({partner}_meant)" if partner in roots else f"{partner}_meant"
-                lines.append(f"new_{array} = quotient(new_{array}, {root}, new_{partner})")
+                lines.append(f"new_{array} = quotient(new_{array}, {partner}_meant, new_{partner})")
             lines += [
                 f"{array}_bits = size_bits(new_{array})",
                 # What does not exist has no part in the block's range.
@@ -161,17 +159,18 @@ def kernel_source(kind: Kind) -> str:
                     "base, kept_distance = grid_words(first, distance, highest)",
                     f"tl.store({words}, base)",
                     f"tl.store({words} + 1, kept_distance)",
-                    f"code, {array}_meant = encode_size(new_{array}, first, distance, inverse, {_half(slots[array])})",
+                    f"code = encode_size(new_{array}, first, inverse, {generate.draw(slots[array], form)})",
+                    f"{array}_meant = {'near_root' if array in roots else 'decode_size'}(code, word(first - distance), distance)",
                 ]
             else:
                 lines += [
                     f"factor, inverse = {form.name}_factors(highest)",
                     f"tl.store({words}, bits(factor))",
-                    f"code = encode_{form.name}(new_{array}, inverse, {_half(slots[array])})",
+                    f"code = encode_{form.name}(new_{array}, inverse, {generate.draw(slots[array], form)})",
                 ]
             lines.append(f"tl.store({array}_at + offsets, code.to(tl.uint8), mask=mask)")
         elif form.chance:
-            value = f"encode_bfloat16(new_{array}, {_half(slots[array])}).to(tl.uint16).to(tl.bfloat16, bitcast=True)"
+            value = f"encode_bfloat16(new_{array}, {generate.draw(slots[array], form)}).to(tl.uint16).to(tl.bfloat16, bitcast=True)"
             stores.append(f"tl.store({array}_at + offsets, {value}, mask=mask)")
         else:
             stores.append(f"tl.store({array}_at + offsets, new_{array}.to({array}_at.dtype.element_ty), mask=mask)")
@@ -191,7 +190,8 @@ def kernel_source(kind: Kind) -> str:
         loads.append("tl.store(g_at + offsets, g.to(g_at.dtype.element_ty), mask=mask)")
     random = []
     for number in sorted({slot // 2 for slot in slots.values()}):
-        random.append(f"random_{number} = scramble(word(index + lanes + {codes.NEXT_WORD * number % 2**32}))")
+        place = f"word(index + lanes + {codes.NEXT_WORD * number % 2**32})"
+        random.append(f"random_{number} = scramble(word({place} * {codes.STRIDE}))")
     keys = ["index = first * 0"]
     if kind.chance:
         at = 2 + len(kind.tensors)

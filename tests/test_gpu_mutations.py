@@ -295,7 +295,7 @@ CODES = [
         "what does not exist in a block's range", "tl.where(mask, s_exp_avg_bits, 0)", "s_exp_avg_bits + lanes.to(tl.uint32)", codes
     ),
     Mutation("words of the neighbour", "(start // 256), base", "(start // 256 + 2), base", codes),
-    Mutation("the same chance in all blocks", "index + first + part, 0, key", "index, 0, key", codes),
+    Mutation("the same chance in all blocks", "first + part, index + first + part, 0,", "first + part, index, 0,", codes),
     Mutation("end of a tensor left out", "if (remaining > full)", "if (remaining < full)", codes),
     Mutation(
         "end of a tensor one element too short",
@@ -307,23 +307,22 @@ CODES = [
         "infinities left where a coded step is left out", "if remaining < present:", "if remaining > present:", codes_not_finite
     ),
     Mutation("the same chance in all steps", "word(tl.load(row + 9))", "word(tl.load(row + 9) * 0)", codes),
-    Mutation("one chance for both moments", "word(random_0 >> 16)", "word(random_0 & 65535)", codes),
+    Mutation("one chance for both moments", "word((random_0 >> 8) & 65535)", "word(random_0 >> 15)", codes),
     Mutation(
         "moment relative to the root before rounding",
-        "quotient(new_s_exp_avg, s_exp_avg_sq_size)",
-        "quotient(new_s_exp_avg, new_s_exp_avg_sq)",
+        "quotient(new_s_exp_avg, s_exp_avg_sq_meant,",
+        "quotient(new_s_exp_avg, sqrt(new_s_exp_avg_sq),",
         codes,
     ),
     Mutation(
-        "root decoded without its square",
-        "s_exp_avg_sq = s_exp_avg_sq_size * s_exp_avg_sq_size",
-        "s_exp_avg_sq = s_exp_avg_sq_size",
+        "moment relative to a root of another kind",
+        "near_root(s_exp_avg_sq_code, base, distance)",
+        "sqrt(s_exp_avg_sq)",
         codes,
     ),
     Mutation("words stored by a step that is left out", "if (remaining > full)", "if (remaining >= full)", codes_left_out),
-    Mutation(
-        "chance where nothing is between two codes", "word(below + 2), word(below + 1)", "word(below + 1), word(below + 1)", codes
-    ),
+    Mutation("rounded down alone", "(random << 7) | ", "(random * 0) | ", codes),
+    Mutation("powers of two between the patterns", "where(below < power,", "where(below > power,", codes),
 ]
 
 
