@@ -46,7 +46,7 @@ def random_words(key: int, step: int, first: int, count: int, number: int, devic
 
 def draw(words: Tensor, slot: int, form: Format) -> Tensor:
     """Return the random bits of the ``slot``-th number of an element that is rounded by chance, which has format ``form``."""
-    return words >> (32 - form.chance) if slot % 2 == 0 else words >> 8 & ((1 << form.chance) - 1)
+    return words >> (32 - form.chance) if slot % 2 == 0 else words >> 7 & ((1 << form.chance) - 1)
 
 
 def sqrt(x: Tensor) -> Tensor:

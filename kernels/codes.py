@@ -110,7 +110,7 @@ def encode_size(x, first, inverse_distance, random):
 
     ``random``: 16 bits, of which a number from 1 to 2 is made: it rounds, and counts the codes from 1.
     """
-    place = real(word(size_bits(x) - first)) * inverse_distance + from_bits(word((random << 7) | 0x3F800040))
+    place = real(word(bits(x) - first)) * inverse_distance + from_bits(word((random << 7) | 0x3F800040))
     code = truncate(place)
     return where(x == float32(0.0), word(code * 0), code)
 

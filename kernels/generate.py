@@ -59,7 +59,7 @@ def functions_of_elements(update: Update) -> list[Callable[..., Any]]:
 def draw(slot: int, form: Format) -> str:
     """Return the expression for the random bits of the ``slot``-th number of an element that is rounded by chance."""
     word = f"random_{slot // 2}"
-    return f"word({word} >> {32 - form.chance})" if slot % 2 == 0 else f"word(({word} >> 8) & {(1 << form.chance) - 1})"
+    return f"word({word} >> {32 - form.chance})" if slot % 2 == 0 else f"word(({word} >> 7) & {(1 << form.chance) - 1})"
 
 
 def indent(lines: Sequence[str], spaces: int) -> str:

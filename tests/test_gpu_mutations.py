@@ -307,7 +307,7 @@ CODES = [
         "infinities left where a coded step is left out", "if remaining < present:", "if remaining > present:", codes_not_finite
     ),
     Mutation("the same chance in all steps", "word(tl.load(row + 9))", "word(tl.load(row + 9) * 0)", codes),
-    Mutation("one chance for both moments", "word((random_0 >> 8) & 65535)", "word(random_0 >> 15)", codes),
+    Mutation("one chance for both moments", "word((random_0 >> 7) & 65535)", "word(random_0 >> 15)", codes),
     Mutation(
         "moment relative to the root before rounding",
         "quotient(new_s_exp_avg, s_exp_avg_sq_meant,",
@@ -321,7 +321,7 @@ CODES = [
         codes,
     ),
     Mutation("words stored by a step that is left out", "if (remaining > full)", "if (remaining >= full)", codes_left_out),
-    Mutation("rounded down alone", "(random << 7) | ", "(random * 0) | ", codes),
+    Mutation("rounded down alone", "word(random << 7 | ", "word(random * 0 | ", codes),
     Mutation("powers of two between the patterns", "where(below < power,", "where(below > power,", codes),
 ]
 
