@@ -140,11 +140,11 @@ def encode(form: Format, elements: Tensor, random: Tensor, sizes: Tensor | None)
     meant = x
     if form.name in ("size", "root"):
         lowest = ((CODES.size_bits(x) - 1) & _MASK).amin(1, keepdim=True)
-        first, distance, inverse = CODES.grid((lowest + 1) & _MASK, highest)
+        first, distance, *more = CODES.grid((lowest + 1) & _MASK, highest)
         parts = CODES.grid_words(first, distance, highest)
-        code = CODES.encode_size(x, first, inverse, bits)
+        code = CODES.encode_size(x, first, *more, bits)
         meaning = CODES.near_root if form.name == "root" else CODES.decode_size
-        meant = torch.where(x == 0, 0, meaning(code, (first - distance) & _MASK, distance))
+        meant = torch.where(x == 0, 0, meaning(code, CODES.base(first, distance), distance))
     else:
         signed = form.name == "signed"
         factor, inverse = (CODES.signed_factors if signed else CODES.relative_factors)(highest)

@@ -49,7 +49,7 @@ STRIDE = 0x7FEB352D
 
 
 def scramble(x):
-    """Return a random word from an index times :data:`STRIDE`: bits from 8 on, those from 12 on without a trace of each other.
+    """Return a random word from an index times :data:`STRIDE`: bits from 7 on, those from 12 on without a trace of each other.
 
     Wellons' hash lowbias32 without its first and its last fold: numbers in sequence do without the one, upper bits without
     the other.
@@ -74,56 +74,78 @@ def size_bits(x):
 
 
 def grid(lowest, highest):
-    """Return the first pattern of a block's codes, their distance and its inverse, from its least non-zero and largest pattern.
+    """Return what encodes a block, from the patterns of its least non-zero and of its largest number.
 
     Powers of two are among the patterns, as near as distances are integers: between two codes a number is then proportional
-    to its pattern, and who rounds patterns by chance keeps the mean of the numbers.
+    to its pattern, and who rounds patterns by chance keeps the mean of the numbers. Not so in a block with numbers from 2^126
+    on, or with some from 2^103 on beside others below 2^-125.
+
+    Returns:
+        The first pattern, the distance (as it is stored: with an upper bit where the block is scaled), its inverse, and the
+        scale.
     """
-    # All codes of a block with infinity or NaN mean NaN; one of zeros has them about 1.
+    # All codes of a block with infinity or NaN but that of zero mean NaN; one of zeros has them about 1.
     bad = highest > 0x7F7FFFFF
     highest = where(highest > 0x7F800000, word(highest * 0 + 0x7F800000), highest)
     highest = where(highest == 0, word(highest * 0 + 0x3F800000), highest)
     lowest = where((lowest > highest) | (lowest == 0), highest, lowest)
+    # Patterns below 2^-126 are no logarithm: such blocks are kept 2^24 times as large.
+    scaled = (lowest < 0x01000000) & (highest < 0x73000000)
+    scale = where(scaled, float32(16777216.0), float32(1.0))
+    lowest, highest = bits(from_bits(lowest) * scale), bits(from_bits(highest) * scale)
     span = word(highest - lowest)
-    distance = word(span // 253 + 1)
+    distance = word(span // 252 + 1)
     # Of more than a binade, as many steps in each as there is room for; 255 binades have less than one.
     steps = truncate(float32(8388608.0) / real(distance))
     even = truncate(real(word(steps + 0x7FFFFF)) / real(where(steps == 0, word(steps + 1), steps)))
     distance = where((span > 0x7FFFFF) & (steps > 0), even, distance)
+    # From 2^126 on, infinity is the second power of two, and nothing finite may be rounded up to it: the largest number is the
+    # last pattern then, and its place is a little too low, as a product of two rounded numbers could be too high.
+    extreme = highest > 0x7E7FFFFF
+    cramped = extreme & (lowest < 0x02000000)
+    distance = where(cramped, word(span // 250), distance)
     inverse = float32(1.0) / real(distance)
-    power = word((lowest + 0x7FFFFF) & 0x7F800000)
-    below = word(word(truncate(real(word(power - lowest)) * inverse) + 1) * distance)
-    # Not where the patterns would begin below zero: up to the second power of two, one distance is one number.
-    first = where(below < power, word(power - below), lowest)
-    # What is not finite has no place among 255.
-    return first, distance, where(bad, float32(0.0), inverse)
+    fixed = where(extreme, highest, word((lowest + 0x7FFFFF) & 0x7F800000))
+    steps = word(truncate(real(word(fixed - lowest)) * inverse) + where(extreme, word(fixed * 0 + 2), word(fixed * 0 + 1)))
+    below = word(steps * distance)
+    inverse = where(extreme, inverse * float32(0.99993896484375), inverse)
+    # Not where the patterns would begin below zero.
+    first = where((below < fixed) & (cramped == 0), word(fixed - below), lowest)
+    kept = where(scaled, word(distance + 0x80000000), distance)
+    return first, kept, where(bad, float32(0.0), inverse), scale
+
+
+def base(first, distance):
+    """Return the pattern that code 0 would have."""
+    return word(first - (distance & 0x7FFFFFFF))
 
 
 def grid_words(first, distance, highest):
     """Return the words of a block: the pattern that code 0 would have, and the distance."""
     bad = highest > 0x7F7FFFFF
-    return where(bad, word(highest * 0 + 0x7FC00000), word(first - distance)), where(bad, word(highest * 0), distance)
+    return where(bad, word(highest * 0 + 0x7FC00000), base(first, distance)), where(bad, word(highest * 0), distance)
 
 
-def encode_size(x, first, inverse_distance, random):
+def encode_size(x, first, inverse_distance, scale, random):
     """Return the code of ``x`` >= 0, which means ``x`` on the average.
 
     ``random``: 16 bits, of which a number from 1 to 2 is made: it rounds, and counts the codes from 1.
     """
-    place = real(word(bits(x) - first)) * inverse_distance + from_bits(word((random << 7) | 0x3F800040))
+    place = real(word(bits(x * scale) - first)) * inverse_distance + from_bits(word((random << 7) | 0x3F800040))
     code = truncate(place)
     return where(x == float32(0.0), word(code * 0), code)
 
 
 def decode_size(code, base, distance):
     """Return the number that a code means."""
-    return where(code == 0, float32(0.0), from_bits(word(base + code * distance)))
+    scale = where(distance > 0x7FFFFFFF, float32(5.9604644775390625e-08), float32(1.0))
+    return where(code == 0, float32(0.0), from_bits(word(base + code * (distance & 0x7FFFFFFF))) * scale)
 
 
 def near_root(code, base, distance):
-    """Return what is within 7 % of the root of the number that a code means, if it is 2^-126 or more: half of its bit pattern."""
-    step = word(distance >> 1)
-    return from_bits(word(word((word(base + distance) >> 1) + 0x1FC00000 - step) + code * step))
+    """Return what is within 7 % of the root of what a code means, times 2^12 where the block is scaled: half of its bit pattern."""
+    step = word((distance & 0x7FFFFFFF) >> 1)
+    return from_bits(word(word((word(base + (distance & 0x7FFFFFFF)) >> 1) + 0x1FC00000 - step) + code * step))
 
 
 # --- signed numbers: one binade or several above zero ------------------------------------------------------------------------
@@ -241,6 +263,7 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
     scramble,
     step_key,
     size_bits,
+    base,
     grid,
     grid_words,
     encode_size,

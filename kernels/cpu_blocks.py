@@ -159,20 +159,20 @@ def update_chunk(kind: Kind, gradient: list[str]) -> str:
         places, draws = _draw([slots[array]], drawn, kept)
         before = [
             *places,
-            f"least, distance, inverse = grid(word({array}_lowest_of[block] + 1), {array}_highest_of[block])",
+            f"least, distance, inverse, scale = grid(word({array}_lowest_of[block] + 1), {array}_highest_of[block])",
             f"{array}_words[block, 0], {array}_words[block, 1] = grid_words(least, distance, {array}_highest_of[block])",
-            "base = word(least - distance)",
+            "of_zero = base(least, distance)",
         ]
         body = [
             *draws,
-            f"code = encode_size({array}_new[i], least, inverse, {generate.draw(slots[array], form)})",
+            f"code = encode_size({array}_new[i], least, inverse, scale, {generate.draw(slots[array], form)})",
             f"{array}_array[i] = code",
         ]
         opened, after = [*rows[array], *random_rows], []
         for each in (each for each in relatives if partners[each] == array):
             opened += rows[each]
             before.append(f"{each}_highest = word(0)")
-            root = f"{'near_root' if array in roots else 'decode_size'}(code, base, distance)"
+            root = f"{'near_root' if array in roots else 'decode_size'}(code, of_zero, distance)"
             body += [
                 f"{each}_quotient = quotient({each}_new[i], {root}, {array}_new[i])",
                 f"{each}_new[i] = {each}_quotient",

@@ -123,10 +123,10 @@ def kernel_source(kind: Kind) -> str:
         elif not form.words:
             loads.append(f"{array} = {read}.to(tl.float32)")
         elif form.name in ("size", "root"):
-            loads.append(f"{array}_code, base, distance = word({read}), tl.load({words}), tl.load({words} + 1)")
-            loads.append(f"{array} = decode_size({array}_code, base, distance)")
+            loads.append(f"{array}_code, of_zero, distance = word({read}), tl.load({words}), tl.load({words} + 1)")
+            loads.append(f"{array} = decode_size({array}_code, of_zero, distance)")
             if array in roots:
-                loads.append(f"{array}_root = near_root({array}_code, base, distance)")
+                loads.append(f"{array}_root = near_root({array}_code, of_zero, distance)")
         elif form.name == "relative":
             partner = partners[array]
             root = f"{partner}_root" if partner in roots else partner
@@ -155,12 +155,12 @@ def kernel_source(kind: Kind) -> str:
             ]
             if form.name in ("size", "root"):
                 lines += [
-                    f"first, distance, inverse = grid(word(tl.min(word({array}_bits - 1), axis=0) + 1), highest)",
-                    "base, kept_distance = grid_words(first, distance, highest)",
-                    f"tl.store({words}, base)",
+                    f"first, distance, inverse, scale = grid(word(tl.min(word({array}_bits - 1), axis=0) + 1), highest)",
+                    "of_zero, kept_distance = grid_words(first, distance, highest)",
+                    f"tl.store({words}, of_zero)",
                     f"tl.store({words} + 1, kept_distance)",
-                    f"code = encode_size(new_{array}, first, inverse, {generate.draw(slots[array], form)})",
-                    f"{array}_meant = {'near_root' if array in roots else 'decode_size'}(code, word(first - distance), distance)",
+                    f"code = encode_size(new_{array}, first, inverse, scale, {generate.draw(slots[array], form)})",
+                    f"{array}_meant = {'near_root' if array in roots else 'decode_size'}(code, base(first, distance), distance)",
                 ]
             else:
                 lines += [

@@ -294,7 +294,7 @@ CODES = [
     Mutation(
         "what does not exist in a block's range", "tl.where(mask, s_exp_avg_bits, 0)", "s_exp_avg_bits + lanes.to(tl.uint32)", codes
     ),
-    Mutation("words of the neighbour", "(start // 256), base", "(start // 256 + 2), base", codes),
+    Mutation("words of the neighbour", "(start // 256), of_zero", "(start // 256 + 2), of_zero", codes),
     Mutation("the same chance in all blocks", "first + part, index + first + part, 0,", "first + part, index, 0,", codes),
     Mutation("end of a tensor left out", "if (remaining > full)", "if (remaining < full)", codes),
     Mutation(
@@ -316,7 +316,7 @@ CODES = [
     ),
     Mutation(
         "moment relative to a root of another kind",
-        "near_root(s_exp_avg_sq_code, base, distance)",
+        "near_root(s_exp_avg_sq_code, of_zero, distance)",
         "sqrt(s_exp_avg_sq)",
         codes,
     ),

@@ -117,6 +117,31 @@ def test_gradients_of_any_size(scale):
             assert float(update.abs().max()) < 2.2
 
 
+@pytest.mark.parametrize(("small", "large"), [(1e-20, 1.0), (1e-19, 1e-3), (1e-18, 1e12), (1e-12, 1e18)])
+def test_gradients_of_any_size_in_a_block(small, large):
+    """Squares of the smallest are denormal, where bit patterns are no logarithm."""
+    sizes = torch.where(torch.arange(8192) % 2 == 0, small, large)
+    pair = [fusedopt.AdamW([parameter()], lr=1.0, eps=1e-30, weight_decay=0, state_format=each) for each in ("8bit", None)]
+    gradients = [torch.randn(8192) * sizes for _ in range(60)]
+    for step, (update, true) in enumerate(zip(*(updates(optimizer, gradients) for optimizer in pair), strict=True)):
+        # As far as float32 itself has digits of the smallest, and in steps of up to a sixth of a binade.
+        if step >= 30:
+            assert float((update - true).norm() / true.norm()) < 0.35
+            assert float(update.abs().max()) < 2.2
+
+
+def test_what_is_finite_stays_so():
+    """Sums of squares up to the largest float32, beside small ones: no code is above the largest."""
+    param = parameter()
+    optimizer = fusedopt.Adagrad([param], state_format="8bit")
+    large = 1.3e19 + 0.5e19 * torch.rand(8192)
+    for step in range(3):
+        param.grad = torch.where(torch.arange(8192) % 2 == 0, large, 1e5) if step == 0 else torch.zeros(8192)
+        optimizer.step()
+        assert decoded(optimizer)["sum"].isfinite().all()
+    assert param.isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_gradient_that_is_no_number_shows_in_its_block_alone(bad):
     ours, truth = adamw(1e-8, state_format="8bit"), adamw(1e-8)
@@ -182,9 +207,32 @@ def test_codes_are_unbiased(name):
 def test_nothing_beside_something_large_becomes_zero(ratio):
     x = torch.full((256,), 1.0)
     x[5] = ratio
-    # A code of what spans many binades is at most half a binade from the next.
+    # Codes of what spans a hundred binades are half a binade from each other.
     for random in (0, 65535):
         assert ratio / 1.5 < encoded("size", x, torch.full((256,), random))[5] < 1.5 * ratio
+
+
+@pytest.mark.parametrize("least", [1e-45, 6e-39, 4.4e-39, 1e-38, 1e-20])
+def test_codes_are_unbiased_beside_the_least(least):
+    x = torch.exp(torch.linspace(np.log(max(least, 1e-44)), np.log(1e12), 256))
+    x[0] = least
+    total = torch.zeros(256, dtype=torch.float64)
+    draws = torch.arange(0, 1 << 16, 64) + 32
+    for draw in draws:
+        total += encoded("size", x, torch.full((256,), int(draw))).double()
+    # Denormals are decoded to themselves, which have few digits.
+    assert ((total / len(draws) - x.double()).abs() <= 0.004 * x.double() + 1e-45).all()
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest"), [(0x4B000000, 0x4CF9FFFF), (0x11000000, 0x503FFFF6), (0x01000000, 0x7F7FFFD3), (1, 0x7F7FFFFF)]
+)
+def test_no_code_is_beyond_a_byte(lowest, highest):
+    x = torch.tensor([lowest, highest] * 128, dtype=torch.int32).view(torch.float32)
+    for random in (0, 32768, 65535):
+        code, _, _ = blocks.encode(CODES["size"], x, torch.full((256,), random), None)
+        assert (code > 0).all()
+        assert (encoded("size", x, torch.full((256,), random)) > 0).all()
 
 
 def test_zero_has_its_own_code():
