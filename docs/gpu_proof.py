@@ -125,20 +125,20 @@ Registers a thread, and the bytes that are spilled, if any:
 
 {short}
 
-NVIDIA's GPUs exceed the limit of 64 here, and so do `fp32` and `split16` masters on gfx90a and gfx942, and `fp32` masters on
-gfx1100 (96 there). What a block has in common is known when all its numbers are, so each of 32 threads keeps two moments and
-the random bits of 8 elements meanwhile. Tried on sm_90, with codes of some more instructions: with `maxnreg=64` ptxas spills
-40 to 416 bytes a thread, with 96 up to 184. With the two halves of a thread's elements computed one after the other and
-`maxnreg=64`, the full blocks need no spill but for `split8` masters (72 bytes), and the end of a tensor, by single elements
-under a mask, spills 16 to 216. Fewer elements a thread would be a block for two warps, which have only shared memory and a
-barrier in common.
+NVIDIA's GPUs exceed the limit of 64 here, and so do `fp32` and `split16` masters on gfx90a and gfx942, and `fp32` and `split8`
+masters on gfx1100 (96 there). What a block has in common is known when all its numbers are, so each of 32 threads keeps two
+moments and the random bits of 8 elements meanwhile. Tried on sm_90, with codes of some more instructions: with `maxnreg=64`
+ptxas spills 40 to 416 bytes a thread, with 96 up to 184. With the two halves of a thread's elements computed one after the
+other and `maxnreg=64`, the full blocks need no spill but for `split8` masters (72 bytes), and the end of a tensor, by single
+elements under a mask, spills 16 to 216. Fewer elements a thread would be a block for two warps, which have only shared memory
+and a barrier in common.
 
 ## Bytes under way
 
 What the limit is for: as many bytes have to be on their way from the memory as it delivers in the time that one load takes, which
 is bandwidth times latency (Little's law), here {latency:.1f} µs of the published bandwidth for each multiprocessor. Below are the
 bytes that resident threads can have asked for at once, by the registers of each kernel; of all rules the least. It is enough
-everywhere but for `split8` masters on an H200, which would get nine tenths of its bandwidth at best, and barely enough there for 8
+everywhere but for `split8` masters on an H200, which would get six sevenths of its bandwidth at best, and barely enough there for 8
 bits with bfloat16 parameters.
 
 {under_way}
