@@ -41,12 +41,14 @@ def random_words(key: int, step: int, first: int, count: int, number: int, devic
     index = torch.arange(first, first + count, device=device)
     of_step = CODES.step_key(((key >> 32) + (index >> 32)) & _MASK, step)
     place = (index + key + of_step + codes.NEXT_WORD * number) & _MASK
-    return CODES.scramble((place * codes.STRIDE) & _MASK)  # type: ignore[no-any-return]
+    words: Tensor = CODES.scramble((place * codes.STRIDE) & _MASK)
+    return words
 
 
 def draw(words: Tensor, slot: int, form: Format) -> Tensor:
     """Return the random bits of the ``slot``-th number of an element that is rounded by chance, which has format ``form``."""
-    return words >> (32 - form.chance) if slot % 2 == 0 else words >> 7 & ((1 << form.chance) - 1)
+    places, mask = codes.bits_drawn(slot, form.chance)
+    return words >> places & mask
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -74,8 +76,8 @@ def blocks(count: int) -> int:
     return -(-count // BLOCK)
 
 
-def _in_blocks(elements: Tensor, beyond: int = 0) -> Tensor:
-    padded = elements.new_full((blocks(elements.numel()) * BLOCK,), beyond)
+def _in_blocks(elements: Tensor) -> Tensor:
+    padded = elements.new_zeros(blocks(elements.numel()) * BLOCK)
     padded[: elements.numel()] = elements
     return padded.view(-1, BLOCK)
 

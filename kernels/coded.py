@@ -87,5 +87,5 @@ class Coded:
 
 
 def correct_root(names: dict[str, Any]) -> dict[str, Any]:
-    """Return ``names``, a binding for tensors, with a root that is rounded correctly, as that of codes is."""
+    """Return ``names``, a binding for tensors, with a root that is rounded correctly, as that of kernels is."""
     return {**names, "sqrt": lambda x: blocks.sqrt(x) if isinstance(x, Tensor) and x.dtype == torch.float32 else names["sqrt"](x)}

@@ -65,6 +65,17 @@ def step_key(key, step):
     return word(x ^ (x >> 15))
 
 
+def bits_drawn(slot: int, count: int) -> tuple[int, int]:
+    """Return by how many bits a random word is moved, and the mask then, for the ``slot``-th number of an element.
+
+    Two numbers share a word: one has its upper bits, the other those from 7 on, whose first ones are the last of the other.
+
+    Args:
+        count: of bits that the number's format takes.
+    """
+    return (32 - count if slot % 2 == 0 else 7), (1 << count) - 1
+
+
 # --- sizes: bit patterns in equal distances ----------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fusedopt.kernels import source
+from fusedopt.kernels import codes, source
 from fusedopt.kernels.formats import Format
 from fusedopt.kernels.rule import Update
 
@@ -58,8 +58,8 @@ def functions_of_elements(update: Update) -> list[Callable[..., Any]]:
 
 def draw(slot: int, form: Format) -> str:
     """Return the expression for the random bits of the ``slot``-th number of an element that is rounded by chance."""
-    word = f"random_{slot // 2}"
-    return f"word({word} >> {32 - form.chance})" if slot % 2 == 0 else f"word(({word} >> 7) & {(1 << form.chance) - 1})"
+    places, mask = codes.bits_drawn(slot, form.chance)
+    return f"word((random_{slot // 2} >> {places}) & {mask})"
 
 
 def indent(lines: Sequence[str], spaces: int) -> str:

@@ -322,7 +322,7 @@ CODES = [
     ),
     Mutation("words stored by a step that is left out", "if (remaining > full)", "if (remaining >= full)", codes_left_out),
     Mutation("rounded down alone", "word(random << 7 | ", "word(random * 0 | ", codes),
-    Mutation("powers of two between the patterns", "where(below < power,", "where(below > power,", codes),
+    Mutation("powers of two between the patterns", "(below < fixed)", "(below > fixed)", codes),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -187,7 +189,7 @@ def encoded(name, x, random, sizes=None):
     return blocks.decode(CODES[name], code, words, sizes)[0]
 
 
-@pytest.mark.parametrize("name", ["size", "signed"])
+@pytest.mark.parametrize("name", ["size", "root", "signed"])
 def test_codes_are_unbiased(name):
     """The mean over all random bits is the number itself."""
     x = torch.exp(2 * torch.randn(256)) * 1e-3
@@ -208,8 +210,8 @@ def test_nothing_beside_something_large_becomes_zero(ratio):
     x = torch.full((256,), 1.0)
     x[5] = ratio
     # Codes of what spans a hundred binades are half a binade from each other.
-    for random in (0, 65535):
-        assert ratio / 1.5 < encoded("size", x, torch.full((256,), random))[5] < 1.5 * ratio
+    for name, random in itertools.product(("size", "root"), (0, 65535)):
+        assert ratio / 1.5 < encoded(name, x, torch.full((256,), random))[5] < 1.5 * ratio
 
 
 @pytest.mark.parametrize("least", [1e-45, 6e-39, 4.4e-39, 1e-38, 1e-20])
@@ -236,7 +238,7 @@ def test_no_code_is_beyond_a_byte(lowest, highest):
 
 
 def test_zero_has_its_own_code():
-    for name in ("size", "signed"):
+    for name in ("size", "root", "signed"):
         for x in (torch.zeros(300), torch.cat([torch.zeros(100), torch.ones(200)])):
             assert torch.equal(encoded(name, x, torch.full((300,), 65535)) == 0, x == 0)
 
